@@ -1,0 +1,193 @@
+"""The one error hierarchy of Holdfast, branched by what the caller can do.
+
+::
+
+    HoldfastError
+    ├── RetryError            the same call may succeed later
+    │   ├── UnavailableError      a needed part does not answer (server, resolver, lake)
+    │   └── UnknownOutcomeError   no acknowledgement: stored or not is unknown; the same id is safe to send again
+    ├── InputError            mend the input; sending it again as it is cannot help
+    │   ├── InvalidFieldError     a field has a wrong type, value or form
+    │   │   ├── InvalidNameError      a namespace, agent, event name or kind
+    │   │   ├── InvalidRefError       not a well-formed reference
+    │   │   └── InvalidBodyError      a body that cannot be encoded or decoded
+    │   ├── TooLargeError         over a stated limit
+    │   └── NotFoundError         nothing is stored under that name
+    ├── ConfigurationError    mend the set-up: settings, server, streams, data directory
+    │   ├── DriftError            a stream on the server differs from its declaration
+    │   ├── DurabilityError       the server does not sync as the durability mode promises
+    │   └── DataDirectoryError    the data directory is in use, foreign or not writable
+    └── IntegrityError        stored data is damaged or contradicts itself; nothing wrong was served
+        ├── DigestMismatchError   bytes do not hash to the reference that names them
+        ├── GapError              messages are missing from a stream that nothing of ours removed
+        ├── ConflictError         one id, two contents
+        └── FenceError            another process has advanced the lake; this one must start its cycle anew
+
+Every error carries a stable ``code`` (the one that request-reply callers see), the ``field`` and the ``limit``
+it is about where there are such, and a ``hint``: what to do next.  Messages are lower case, without a full stop.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HoldfastError(Exception):
+    """The root of every error that Holdfast raises.
+
+    ``code`` is stable and machine-readable; ``status`` is its number in request-reply answers
+    (``Nats-Service-Error-Code``), chosen from the HTTP meanings.  ``str(error)`` is the whole message with the hint.
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        field: str | None = None,
+        limit: int | str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.field = field
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class RetryError(HoldfastError):
+    """The same call may succeed later."""
+
+    code = "retry"
+    status = 503
+
+
+class UnavailableError(RetryError):
+    """A part that this call needs does not answer."""
+
+    code = "unavailable"
+    status = 503
+
+
+class UnknownOutcomeError(RetryError):
+    """No acknowledgement came before the deadline: the write may or may not have been stored.
+
+    Sending the same content with the same id again is safe: it is stored once at most.
+    """
+
+    code = "unknown_outcome"
+    status = 504
+
+
+class InputError(HoldfastError):
+    """The input must change before the call can succeed."""
+
+    code = "invalid_input"
+    status = 400
+
+
+class InvalidFieldError(InputError):
+    """A field of a request or of a message has a wrong type, value or form."""
+
+    code = "invalid_field"
+
+
+class InvalidNameError(InvalidFieldError):
+    """A namespace, agent, event name or kind is empty, too long or not text."""
+
+    code = "invalid_name"
+
+
+class InvalidRefError(InvalidFieldError):
+    """A reference is not of the form ``ctx_<kind>_<digest>``."""
+
+    code = "invalid_ref"
+
+
+class InvalidBodyError(InvalidFieldError):
+    """A body cannot be encoded, or its stored form cannot be decoded."""
+
+    code = "invalid_body"
+
+
+class TooLargeError(InputError):
+    """Something is over its stated limit."""
+
+    code = "too_large"
+    status = 413
+
+
+class NotFoundError(InputError):
+    """Nothing is stored under that name: asked of the hot tier and of the lake."""
+
+    code = "not_found"
+    status = 404
+
+
+class ConfigurationError(HoldfastError):
+    """The set-up must change before the call can succeed."""
+
+    code = "configuration"
+    status = 500
+
+
+class DriftError(ConfigurationError):
+    """A stream on the server differs from its declaration.
+
+    ``differences`` maps each setting to (declared, found).
+    """
+
+    code = "drift"
+
+    def __init__(self, message: str, *, differences: dict[str, tuple[object, object]], hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.differences = differences
+
+
+class DurabilityError(ConfigurationError):
+    """The server does not sync to disk as the chosen durability mode promises."""
+
+    code = "durability"
+
+
+class DataDirectoryError(ConfigurationError):
+    """The data directory is in use by another process, is not ours, or cannot be written."""
+
+    code = "data_directory"
+
+
+class IntegrityError(HoldfastError):
+    """Stored data is damaged or contradicts itself; nothing wrong was served."""
+
+    code = "integrity"
+    status = 500
+
+
+class DigestMismatchError(IntegrityError):
+    """Bytes read from a tier do not hash to the reference that names them."""
+
+    code = "digest_mismatch"
+
+
+class GapError(IntegrityError):
+    """Messages are missing from a stream, and nothing of ours removed them."""
+
+    code = "gap"
+
+
+class ConflictError(IntegrityError):
+    """One id names two different contents."""
+
+    code = "conflict"
+    status = 409
+
+
+class FenceError(IntegrityError):
+    """Another process has advanced the lake since this one read it; its work must be thrown away and redone."""
+
+    code = "fenced"

@@ -1,0 +1,80 @@
+"""References: ``ctx_<kind>_<digest>``, computable in any language.
+
+The digest is BLAKE2b with a 20-byte result and the personalisation ``holdfast-ctx-1``, over five fields in this
+order, each preceded by its length as an unsigned 64-bit little-endian integer: namespace, kind and content type in
+UTF-8; ``expires_at`` as decimal ASCII of integer milliseconds since 1970 UTC, or nothing when there is none; the
+body's bytes.  It is written as 32 characters of RFC 4648 base32 in lower case.  ``tests/unit/golden/refs.json``
+holds vectors.  Whatever form a body is stored in (compressed, chunked), the digest is over its plain bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from hashlib import blake2b
+from typing import Final, NamedTuple, NewType
+
+from holdfast.schemas.errors import InvalidRefError
+
+Ref = NewType("Ref", str)
+"""A reference in its text form."""
+
+Digest = NewType("Digest", str)
+"""The last part of a reference: 32 characters ``[a-z2-7]``."""
+
+JSON: Final = "application/json"
+"""The content type of a body when none is given."""
+
+DIGEST_BYTES: Final = 20
+_PERSON: Final = b"holdfast-ctx-1"
+_REF: Final = re.compile(r"ctx_([A-Za-z0-9_-]{1,64})_([a-z2-7]{32})\Z")
+_DIGEST: Final = re.compile(r"[a-z2-7]{32}\Z")
+
+
+class RefParts(NamedTuple):
+    kind: str
+    digest: Digest
+
+
+def compute_digest(
+    namespace: str, kind: str, body: bytes, *, content_type: str = JSON, expires_at_ms: int | None = None
+) -> Digest:
+    """Returns the digest of a context; the fields are taken as they are, without validation."""
+    hasher = blake2b(digest_size=DIGEST_BYTES, person=_PERSON)
+    expiry = b"" if expires_at_ms is None else b"%d" % expires_at_ms
+    for field in (namespace.encode(), kind.encode(), content_type.encode(), expiry, body):
+        hasher.update(len(field).to_bytes(8, "little"))
+        hasher.update(field)
+    return Digest(base64.b32encode(hasher.digest()).decode().lower())
+
+
+def format_ref(kind: str, digest: str) -> Ref:
+    """Returns the reference of a kind and a digest."""
+    return Ref(f"ctx_{kind}_{digest}")
+
+
+def parse_ref(ref: object) -> RefParts:
+    """Splits a reference into its kind and digest; raises InvalidRefError when it is not one."""
+    match = _REF.match(ref) if isinstance(ref, str) else None
+    if match is None:
+        raise InvalidRefError(
+            f"{repr(ref)[:100]} is not a reference",
+            field="ref",
+            hint="a reference reads ctx_<kind>_<digest>, the digest being 32 characters a-z 2-7",
+        )
+    return RefParts(match[1], Digest(match[2]))
+
+
+def is_digest(text: str) -> bool:
+    """Whether ``text`` has the form of a digest."""
+    return _DIGEST.match(text) is not None
+
+
+def digest_to_bytes(digest: str) -> bytes:
+    """Returns the 20 bytes that a digest's text stands for."""
+    return base64.b32decode(digest.upper())
+
+
+def digest_from_bytes(raw: bytes) -> Digest:
+    """Returns the text of a digest of 20 bytes."""
+    return Digest(base64.b32encode(raw).decode().lower())

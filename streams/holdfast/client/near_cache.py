@@ -1,0 +1,81 @@
+"""The near cache: contexts that this process just stored or read, bounded by bytes and by age."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from holdfast.schemas.refs import Ref
+    from holdfast.schemas.rows import ContextRow
+
+MAX_AGE_MS: Final = 60_000
+"""A context that was erased is served from here for a minute at most."""
+
+DEFAULT_BYTES: Final = 32 * 1024 * 1024
+
+_ENTRY_BYTES: Final = 600
+"""What an entry costs beside its body, roughly."""
+
+
+class CacheCounters(msgspec.Struct):
+    """How often a reference was found, was not, and was dropped to make room."""
+
+    hits: int = 0
+    misses: int = 0
+    evicted: int = 0
+
+
+class NearCache:
+    """Least recently used contexts up to ``limit_bytes``; a context is immutable, so an entry is right or absent."""
+
+    def __init__(self, limit_bytes: int = DEFAULT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
+        self._entries: OrderedDict[Ref, tuple[int, ContextRow]] = OrderedDict()
+        self.counters = CacheCounters()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, ref: Ref, now_ms: int) -> ContextRow | None:
+        """Returns the context if it is here, young enough and not expired."""
+        entry = self._entries.get(ref)
+        if entry is None:
+            self.counters.misses += 1
+            return None
+        until_ms, row = entry
+        if now_ms >= until_ms:
+            self._drop(ref)
+            self.counters.misses += 1
+            return None
+        self._entries.move_to_end(ref)
+        self.counters.hits += 1
+        return row
+
+    def add(self, ref: Ref, row: ContextRow, now_ms: int) -> None:
+        """Remembers a context; one that is over an eighth of the cache is not worth what it would push out."""
+        cost = len(row.body) + _ENTRY_BYTES
+        if cost * 8 > self._limit_bytes:
+            return
+        if ref in self._entries:
+            self._drop(ref)
+        until_ms = now_ms + MAX_AGE_MS
+        if row.expires_at_ms is not None:
+            until_ms = min(until_ms, row.expires_at_ms)
+        self._entries[ref] = (until_ms, row)
+        self._bytes += cost
+        while self._bytes > self._limit_bytes:
+            self._drop(next(iter(self._entries)))
+            self.counters.evicted += 1
+
+    def forget(self, ref: Ref) -> None:
+        """Drops a context, if it is here."""
+        if ref in self._entries:
+            self._drop(ref)
+
+    def _drop(self, ref: Ref) -> None:
+        _, row = self._entries.pop(ref)
+        self._bytes -= len(row.body) + _ENTRY_BYTES

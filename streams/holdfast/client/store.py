@@ -1,0 +1,456 @@
+"""The client: store and resolve contexts, publish and query events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from holdfast.client.cold import ResolverClient
+from holdfast.client.model import Context, Event, Resolved, Tier
+from holdfast.client.near_cache import DEFAULT_BYTES, NearCache
+from holdfast.schemas.bodies import Body, encode_body
+from holdfast.schemas.errors import HoldfastError, InvalidFieldError, InvalidRefError, NotFoundError
+from holdfast.schemas.ids import EventId, new_event_id, normal_event_id, now_ms, utc_from_ms
+from holdfast.schemas.names import check_agent, check_kind, check_namespace
+from holdfast.schemas.refs import Digest, Ref, parse_ref
+from holdfast.schemas.rows import ContextRow
+from holdfast.streams.codec import decode_manifest, join
+from holdfast.streams.connection import Connection, open_connection
+from holdfast.streams.connection_target import ConnectionTarget
+from holdfast.streams.discovery import require_connection
+from holdfast.streams.events import EventLog, NewEvent
+from holdfast.streams.hot import HotTier, NewContext
+from holdfast.streams.topology import stream_info
+from holdfast.streams.wire import HOT_STREAM
+
+DEFAULT_KIND: Final = "context"
+_PAGE: Final = 500
+
+
+@asynccontextmanager
+async def connect(
+    url: str | ConnectionTarget | None = None,
+    namespace: str = "default",
+    agent: str = "agent",
+    *,
+    cache_bytes: int = DEFAULT_BYTES,
+) -> AsyncGenerator[Holdfast]:
+    """Connects to Holdfast and yields the client while the block lasts.
+
+    ``url``: the NATS server; None takes ``HOLDFAST_NATS_URL``, ``NATS_URL`` or a NATS context from the environment,
+    else the local server that ``holdfast up`` runs.  ``namespace`` keeps apart what belongs apart; ``agent`` signs
+    the events.  ``cache_bytes`` bounds the near cache; 0 turns it off.
+
+    Leaving the block waits until every write handed in has its outcome.  Raises UnavailableError when no server
+    answers, GapError when it has no Holdfast streams yet, InvalidNameError for a bad name.
+    """
+    check_namespace(namespace)
+    check_agent(agent)
+    target = url if isinstance(url, ConnectionTarget) else require_connection(url=url)
+    async with open_connection(target, name=f"holdfast-{agent.encode('ascii', 'replace').decode()[:40]}") as connection:
+        info = await stream_info(connection, HOT_STREAM)
+        client = Holdfast(connection, namespace, agent, replicas=info.replicas, cache_bytes=cache_bytes)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+
+class Holdfast:
+    """A client of one namespace.  Made by :func:`connect`; safe to use from many tasks of one event loop.
+
+    Writes return once the server has acknowledged them as durable.  A write that raises UnknownOutcomeError may have
+    been stored; the same call again is safe, since a context is named by its content and an event by its id.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        namespace: str,
+        agent: str,
+        *,
+        replicas: int = 1,
+        cache_bytes: int = DEFAULT_BYTES,
+    ) -> None:
+        self.connection = connection
+        self.namespace = namespace
+        self.agent = agent
+        self.cache = NearCache(cache_bytes)
+        self._hot = HotTier(connection, replicas=replicas)
+        self._events = EventLog(connection)
+        self._resolver = ResolverClient(connection, namespace)
+
+    async def put(
+        self,
+        body: Body,
+        *,
+        kind: str = DEFAULT_KIND,
+        content_type: str | None = None,
+        expires_at: datetime | None = None,
+    ) -> Ref:
+        """Stores a context and returns its reference; an equal context is stored once, with one reference.
+
+        ``body``: text, bytes, or what JSON can hold; ``content_type`` is chosen by its type unless given.
+        ``expires_at`` is part of the context's identity: after it the reference resolves to nothing.  Raises
+        InputError for a body, kind or time that cannot be stored, UnknownOutcomeError when no acknowledgement came.
+        """
+        context = self._new_context(body, kind, content_type, expires_at)
+        return (await self._store([context]))[0]
+
+    async def put_many(
+        self,
+        bodies: Iterable[Body],
+        *,
+        kind: str = DEFAULT_KIND,
+        content_type: str | None = None,
+        expires_at: datetime | None = None,
+    ) -> list[Ref]:
+        """Stores many contexts of one kind and returns their references in order.
+
+        They are sent in atomic batches; each context is stored or not by itself, and all of them before this returns.
+        Errors as of :meth:`put`; a body that cannot be encoded raises before anything is sent.
+        """
+        return await self._store([self._new_context(body, kind, content_type, expires_at) for body in bodies])
+
+    async def resolve(self, ref: str) -> Context:
+        """Returns the context of a reference, from this process, the hot tier or the lake, whichever has it first.
+
+        Its bytes have been checked against the reference.  Raises InvalidRefError for what is no reference,
+        NotFoundError when it is stored nowhere or has expired, DigestMismatchError when the only copy is damaged,
+        UnavailableError when it is not hot and no resolver answers.
+        """
+        parse_ref(ref)
+        contexts, errors = await self._resolve([Ref(ref)])
+        if ref in errors:
+            raise errors[Ref(ref)]
+        context = contexts.get(Ref(ref))
+        if context is None:
+            raise NotFoundError(
+                f"no context {ref} in namespace {self.namespace!r}",
+                field="ref",
+                hint="it may have expired, or belong to another namespace",
+            )
+        return context
+
+    async def resolve_many(self, refs: Iterable[str]) -> Resolved:
+        """Returns the contexts of many references, and those that are stored nowhere, in order of first mention.
+
+        Two round trips for everything that is hot, whatever their number up to 1,000.  Errors as of :meth:`resolve`.
+        """
+        wanted = [Ref(ref) for ref in dict.fromkeys(refs)]
+        for ref in wanted:
+            parse_ref(ref)
+        contexts, errors = await self._resolve(wanted)
+        for error in errors.values():
+            raise error
+        return Resolved(
+            found={ref: contexts[ref] for ref in wanted if ref in contexts},
+            missing=[ref for ref in wanted if ref not in contexts],
+        )
+
+    async def emit(
+        self,
+        name: str,
+        data: Any = None,
+        *,
+        context: Ref | Body = None,
+        context_kind: str = "event",
+        session: str | None = None,
+        correlation: str | None = None,
+        parent: Event | str | None = None,
+        agent: str | None = None,
+        client: str | None = None,
+        originator: str | None = None,
+        event_id: str | None = None,
+        timestamp: datetime | None = None,
+        traceparent: str | None = None,
+    ) -> Event:
+        """Publishes an event and returns it, once it is stored durably.
+
+        ``context`` is a reference, or a body, which is stored first.  ``parent`` is the event this one follows from:
+        given as an Event, session, correlation and root are taken over where they are not given.  ``event_id`` makes
+        a repetition harmless: the same id is stored once (an id that is no UUID is turned into one, and kept as
+        ``source_id``).  Raises InputError naming the field that cannot be sent, UnknownOutcomeError without an
+        acknowledgement.
+        """
+        event = self._new_event(
+            name,
+            data,
+            session=session,
+            correlation=correlation,
+            parent=parent,
+            agent=agent,
+            client=client,
+            originator=originator,
+            event_id=event_id,
+            timestamp=timestamp,
+            traceparent=traceparent,
+        )
+        if context is not None:
+            ref = await self._context_ref(context, context_kind)
+            event = msgspec.structs.replace(event, context_ref=ref)
+        await self._events.publish_many([event])
+        return _event_of(event)
+
+    async def publish_many(self, events: Sequence[NewEvent]) -> list[bool]:
+        """Publishes prepared events in order; tells of each whether it was new.  For importers and replays."""
+        return [not outcome.existed for outcome in await self._events.publish_many(events)]
+
+    async def store_many(self, contexts: Sequence[NewContext]) -> list[Ref]:
+        """Stores prepared contexts, which may differ in kind; the near cache is passed by.  For importers."""
+        return [put.ref for put in await self._hot.put_many(contexts)]
+
+    async def query(
+        self,
+        *,
+        session: str | None = None,
+        agent: str | None = None,
+        correlation: str | None = None,
+        event_id: str | None = None,
+        kind: str | None = None,
+        name: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[Event]:
+        """Yields the events that fit every condition given, hot and cold, in the order they were stored.
+
+        ``since`` (inclusive) and ``until`` (exclusive) are times of storing.  ``limit`` bounds their number; without
+        it all are yielded, a page at a time.  Raises UnavailableError when no resolver answers.
+        """
+        conditions: dict[str, Any] = {
+            "session_id": session,
+            "agent_id": agent,
+            "correlation_id": correlation,
+            "event_id": event_id,
+            "kind": kind,
+            "name": name,
+            "since": None if since is None else _iso(since, "since"),
+            "until": None if until is None else _iso(until, "until"),
+        }
+        request = {field: value for field, value in conditions.items() if value is not None}
+        left = limit
+        while left is None or left > 0:
+            answer = await self._resolver.call(
+                "query", request | {"limit": _PAGE if left is None else min(left, _PAGE)}
+            )
+            for item in answer["events"]:
+                yield msgspec.convert(item, Event)
+            if left is not None:
+                left -= len(answer["events"])
+            if not answer.get("cursor"):
+                return
+            request["cursor"] = answer["cursor"]
+
+    async def stats(self) -> dict[str, Any]:
+        """Returns what the tiers hold, as the resolver's ``stats`` endpoint says it."""
+        return await self._resolver.call("stats", {})
+
+    async def health(self) -> dict[str, Any]:
+        """Returns the resolver's ``health`` answer: ``ok``, and each problem with the next step to take."""
+        return await self._resolver.call("health", {})
+
+    async def close(self) -> None:
+        """Waits until every write that was handed in has its outcome."""
+        await self._hot.close()
+        await self._events.close()
+
+    async def _store(self, contexts: list[NewContext]) -> list[Ref]:
+        puts = await self._hot.put_many(contexts)
+        now = now_ms()
+        for context, put in zip(contexts, puts, strict=True):
+            self.cache.add(put.ref, _row_of(context, put.ref, now), now)
+        return [put.ref for put in puts]
+
+    async def _resolve(self, refs: list[Ref]) -> tuple[dict[Ref, Context], dict[Ref, HoldfastError]]:
+        now = now_ms()
+        contexts: dict[Ref, Context] = {}
+        by_digest: dict[Digest, list[Ref]] = {}
+        for ref in refs:
+            row = self.cache.get(ref, now)
+            if row is not None:
+                contexts[ref] = Context(row, "cache")
+            else:
+                by_digest.setdefault(parse_ref(ref).digest, []).append(ref)
+        rows, tiers, failed = await self._load(list(by_digest))
+        errors: dict[Ref, HoldfastError] = {}
+        for digest, asked in by_digest.items():
+            for ref in asked:
+                if digest in failed:
+                    errors[ref] = failed[digest]
+                    continue
+                row = rows.get(digest)
+                # The kind is under the digest too: a reference that names another kind names nothing.
+                if row is None or row.ref != ref or _is_expired(row, now):
+                    continue
+                contexts[ref] = Context(row, tiers[digest])
+                self.cache.add(ref, row, now)
+        return contexts, errors
+
+    async def _load(
+        self, digests: list[Digest]
+    ) -> tuple[dict[Digest, ContextRow], dict[Digest, Tier], dict[Digest, HoldfastError]]:
+        """Whole contexts by digest, hot before cold; a damaged hot copy is passed over for a sound cold one."""
+        stored, tiers, failed = await self._load_stored(digests)
+        manifests = [row for row in stored.values() if row.form == "manifest"]
+        if manifests:
+            parts = list(dict.fromkeys(digest for row in manifests for digest in decode_manifest(row.body).chunks))
+            chunks, _, chunk_errors = await self._load_stored(parts)
+            bodies = {digest: row.body for digest, row in chunks.items()}
+            for row in manifests:
+                lost = [digest for digest in decode_manifest(row.body).chunks if digest not in bodies]
+                if lost:
+                    failed[row.digest] = chunk_errors.get(lost[0]) or NotFoundError(
+                        f"{len(lost)} chunks of {row.ref} are stored nowhere", hint="run 'holdfast verify'"
+                    )
+                    del stored[row.digest]
+                else:
+                    stored[row.digest] = join(row, bodies)
+        return stored, tiers, failed
+
+    async def _load_stored(
+        self, digests: list[Digest]
+    ) -> tuple[dict[Digest, ContextRow], dict[Digest, Tier], dict[Digest, HoldfastError]]:
+        tiers: dict[Digest, Tier] = {}
+        if len(digests) == 1:
+            # A single direct get is one message each way; a batched one is two back.
+            try:
+                row = await self._hot.get_stored(self.namespace, digests[0])
+                hot, damaged = ({} if row is None else {digests[0]: row}), {}
+            except HoldfastError as error:
+                hot, damaged = {}, {digests[0]: error}
+        else:
+            hot, damaged = await self._hot.get_stored_many(self.namespace, digests) if digests else ({}, {})
+        tiers |= dict.fromkeys(hot, "hot")
+        left = [digest for digest in digests if digest not in hot]
+        if not left:
+            return hot, tiers, {}
+        cold, failed = await self._resolver.fetch(left)
+        tiers |= dict.fromkeys(cold, "lake")
+        unserved = {digest: error for digest, error in (damaged | failed).items() if digest not in cold}
+        return hot | cold, tiers, unserved
+
+    async def _context_ref(self, context: object, kind: str) -> Ref:
+        if isinstance(context, str):
+            try:
+                parse_ref(context)
+                return Ref(context)
+            except InvalidRefError:
+                pass  # text is a body unless it reads as a reference
+        return await self.put(context, kind=kind)  # type: ignore[arg-type]  # put checks it, with a typed error
+
+    def _new_context(self, body: Body, kind: str, content_type: str | None, expires_at: datetime | None) -> NewContext:
+        raw, chosen_type = encode_body(body, content_type)
+        return NewContext(
+            namespace=self.namespace,
+            kind=check_kind(kind),
+            body=raw,
+            content_type=chosen_type,
+            expires_at_ms=None if expires_at is None else _ms(expires_at, "expires_at"),
+        )
+
+    def _new_event(
+        self,
+        name: str,
+        data: Any,
+        *,
+        session: str | None,
+        correlation: str | None,
+        parent: Event | str | None,
+        agent: str | None,
+        client: str | None,
+        originator: str | None,
+        event_id: str | None,
+        timestamp: datetime | None,
+        traceparent: str | None,
+    ) -> NewEvent:
+        source_id = None
+        if event_id is None:
+            identity = new_event_id()
+        else:
+            identity, source_id = normal_event_id(self.namespace, event_id)
+        parent_id, root_id, depth = None, None, 0
+        if isinstance(parent, Event):
+            parent_id = parent.event_id
+            root_id = parent.root_event_id
+            depth = parent.event_depth + 1
+            session = session if session is not None else parent.session_id
+            correlation = correlation if correlation is not None else parent.correlation_id
+        elif parent is not None:
+            parent_id, _ = normal_event_id(self.namespace, parent)
+            depth = 1
+        return NewEvent(
+            namespace=self.namespace,
+            agent_id=self.agent if agent is None else agent,
+            name=name,
+            id=identity,
+            timestamp_ms=now_ms() if timestamp is None else _ms(timestamp, "timestamp"),
+            data=data,
+            session_id=session,
+            correlation_id=correlation,
+            parent_event_id=parent_id,
+            root_event_id=identity if parent_id is None else root_id,
+            event_depth=depth,
+            client_id=client,
+            originator=originator,
+            source_id=source_id,
+            traceparent=traceparent,
+        )
+
+
+def _event_of(event: NewEvent) -> Event:
+    return Event(
+        event_id=EventId(event.id),
+        name=event.name,
+        namespace=event.namespace,
+        agent_id=event.agent_id,
+        timestamp=utc_from_ms(event.timestamp_ms),
+        session_id=event.session_id,
+        correlation_id=event.correlation_id,
+        parent_event_id=None if event.parent_event_id is None else EventId(event.parent_event_id),
+        root_event_id=None if event.root_event_id is None else EventId(event.root_event_id),
+        event_depth=event.event_depth,
+        client_id=event.client_id,
+        originator=event.originator,
+        context_ref=event.context_ref,
+        data=event.data,
+        source_id=event.source_id,
+    )
+
+
+def _row_of(context: NewContext, ref: Ref, stored_at_ms: int) -> ContextRow:
+    return ContextRow(
+        namespace=context.namespace,
+        kind=context.kind,
+        digest=parse_ref(ref).digest,
+        content_type=context.content_type,
+        body=context.body,
+        size=len(context.body),
+        stored_at_ms=stored_at_ms,
+        epoch="",
+        seq=0,
+        expires_at_ms=context.expires_at_ms,
+    )
+
+
+def _is_expired(row: ContextRow, at_ms: int) -> bool:
+    return row.expires_at_ms is not None and row.expires_at_ms <= at_ms
+
+
+def _ms(moment: object, field: str) -> int:
+    if not isinstance(moment, datetime) or moment.tzinfo is None:
+        raise InvalidFieldError(
+            f"{field} is not a datetime with a time zone", field=field, hint="use datetime.now(UTC)"
+        )
+    return round(moment.timestamp() * 1000)
+
+
+def _iso(moment: datetime, field: str) -> str:
+    return utc_from_ms(_ms(moment, field)).astimezone(UTC).isoformat()
+
+
+__all__ = ["DEFAULT_KIND", "Holdfast", "connect"]

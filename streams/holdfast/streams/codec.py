@@ -1,0 +1,241 @@
+"""The stored form of a context: headers and payload of one message, and back to its plain bytes.
+
+==========  ==============================================  ==================================
+header      value                                           left out when
+==========  ==============================================  ==================================
+Hf-Kind     the kind                                        never
+Hf-Type     the content type                                ``application/json``
+Hf-Exp      expiry, integer milliseconds since 1970 UTC     there is none
+Hf-Enc      ``zstd``: the payload is one zstd frame         stored as it is
+Hf-Form     ``manifest`` or ``chunk``                       the payload is the whole body
+Hf-V        format version, when it is not 1                1
+==========  ==============================================  ==================================
+
+A manifest's payload is JSON ``{"v": 1, "size": bytes, "chunks": [digest, …]}``; its key is the digest of the whole
+body.  A chunk is stored under the digest of kind ``chunk`` over its own bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from holdfast.schemas import limits
+from holdfast.schemas.bodies import BINARY
+from holdfast.schemas.errors import DigestMismatchError, InvalidBodyError, InvalidFieldError, TooLargeError
+from holdfast.schemas.names import check_kind
+from holdfast.schemas.refs import JSON, Digest, compute_digest, is_digest
+from holdfast.schemas.rows import ContextRow, Form
+from holdfast.streams.wire import H_ENCODING, H_EXPIRES, H_FORM, H_KIND, H_TYPE, H_VERSION
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+FORMAT_VERSION: Final = "1"
+CHUNK_KIND: Final = "chunk"
+_ZSTD: Final = "zstd"
+_LEVEL: Final = 3
+_MAX_EXPIRES_MS: Final = 253_402_300_799_999  # the last millisecond of the year 9999
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chunked body consists of, in order."""
+
+    size: int
+    chunks: list[Digest]
+    v: int = 1
+
+
+class StoredForm(msgspec.Struct, frozen=True):
+    """One message of the hot tier, less its subject."""
+
+    digest: Digest
+    headers: dict[str, str]
+    payload: bytes
+
+
+_MANIFEST: Final = msgspec.json.Decoder(Manifest)
+
+
+def seal(
+    namespace: str, kind: str, body: bytes, *, content_type: str = JSON, expires_at_ms: int | None = None
+) -> list[StoredForm]:
+    """Returns the messages that store a context: chunks first, the context itself last.
+
+    The fields are taken as they are, without validation.
+    """
+    digest = compute_digest(namespace, kind, body, content_type=content_type, expires_at_ms=expires_at_ms)
+    headers = {H_KIND: kind}
+    if content_type != JSON:
+        headers[H_TYPE] = content_type
+    if expires_at_ms is not None:
+        headers[H_EXPIRES] = str(expires_at_ms)
+    if len(body) <= limits.CHUNK_BYTES:
+        return [StoredForm(digest, *_compressed(headers, body))]
+    forms: list[StoredForm] = []
+    chunks: list[Digest] = []
+    for start in range(0, len(body), limits.CHUNK_BYTES):
+        chunk = body[start : start + limits.CHUNK_BYTES]
+        chunk_digest = compute_digest(namespace, CHUNK_KIND, chunk, content_type=BINARY)
+        chunks.append(chunk_digest)
+        chunk_headers = {H_KIND: CHUNK_KIND, H_TYPE: BINARY, H_FORM: "chunk"}
+        forms.append(StoredForm(chunk_digest, *_compressed(chunk_headers, chunk)))
+    manifest = msgspec.json.encode(Manifest(size=len(body), chunks=chunks))
+    forms.append(StoredForm(digest, headers | {H_FORM: "manifest"}, manifest))
+    return forms
+
+
+def unseal(
+    namespace: str,
+    digest: str,
+    headers: Mapping[str, str],
+    payload: bytes,
+    *,
+    stored_at_ms: int,
+    epoch: str = "",
+    seq: int = 0,
+) -> ContextRow:
+    """Returns the context that a stored message holds, its body checked against the digest.
+
+    Of a manifest the body is the manifest's JSON, and the whole is checked by :func:`join`.  Raises a typed error when
+    the message is none of ours, is damaged or is not what its key says.
+    """
+    if not is_digest(digest):
+        raise InvalidFieldError(f"key {digest[:80]!r} is not a digest", field="key", hint="store contexts with put")
+    version = headers.get(H_VERSION, FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise InvalidFieldError(
+            f"stored form has version {version[:20]!r}, this release reads {FORMAT_VERSION}",
+            field=H_VERSION,
+            hint="upgrade holdfast",
+        )
+    kind = check_kind(headers.get(H_KIND))
+    content_type = headers.get(H_TYPE, JSON)
+    expires_at_ms = _expiry(headers.get(H_EXPIRES))
+    form = _form(headers.get(H_FORM))
+    body = _decompressed(payload, headers.get(H_ENCODING))
+    size = len(body)
+    if form == "manifest":
+        size = decode_manifest(body).size
+    else:
+        actual = compute_digest(namespace, kind, body, content_type=content_type, expires_at_ms=expires_at_ms)
+        if actual != digest:
+            raise DigestMismatchError(
+                f"the message stored under {digest} hashes to {actual}",
+                field="body",
+                hint="run 'holdfast verify'; the damaged copy was not served",
+            )
+    return ContextRow(
+        namespace=namespace,
+        kind=kind,
+        digest=Digest(digest),
+        content_type=content_type,
+        body=body,
+        size=size,
+        stored_at_ms=stored_at_ms,
+        epoch=epoch,
+        seq=seq,
+        form=form,
+        expires_at_ms=expires_at_ms,
+    )
+
+
+def reseal(row: ContextRow) -> tuple[dict[str, str], bytes]:
+    """Returns headers and payload of a row as the hot tier would hold them: how the resolver hands on a cold one."""
+    headers = {H_KIND: row.kind}
+    if row.content_type != JSON:
+        headers[H_TYPE] = row.content_type
+    if row.expires_at_ms is not None:
+        headers[H_EXPIRES] = str(row.expires_at_ms)
+    if row.form == "manifest":
+        return headers | {H_FORM: "manifest"}, row.body
+    if row.form == "chunk":
+        headers[H_FORM] = "chunk"
+    return _compressed(headers, row.body)
+
+
+def decode_manifest(body: bytes) -> Manifest:
+    """Returns the manifest; raises InvalidBodyError when it is not one, TooLargeError when it promises too much."""
+    try:
+        manifest = _MANIFEST.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidBodyError(f"manifest does not decode: {error}", field="body") from error
+    expected = -(-manifest.size // limits.CHUNK_BYTES)
+    if manifest.size > limits.BODY_BYTES:
+        raise TooLargeError(
+            f"manifest promises {manifest.size} bytes, the limit is {limits.BODY_BYTES}",
+            field="size",
+            limit=limits.BODY_BYTES,
+        )
+    if manifest.v != 1 or len(manifest.chunks) != expected or not all(map(is_digest, manifest.chunks)):
+        raise InvalidBodyError("manifest is not of the form size, chunks", field="body")
+    return manifest
+
+
+def join(row: ContextRow, chunks: Mapping[Digest, bytes]) -> ContextRow:
+    """Returns the whole context of a manifest row, its body checked against the digest.
+
+    Raises DigestMismatchError when the chunks do not make the body that the digest names.
+    """
+    body = b"".join(chunks[digest] for digest in decode_manifest(row.body).chunks)
+    actual = compute_digest(
+        row.namespace, row.kind, body, content_type=row.content_type, expires_at_ms=row.expires_at_ms
+    )
+    if actual != row.digest:
+        raise DigestMismatchError(
+            f"the chunks of {row.ref} hash to {actual}",
+            field="body",
+            hint="run 'holdfast verify'; the damaged copy was not served",
+        )
+    return msgspec.structs.replace(row, body=body, size=len(body), form="plain")
+
+
+def _compressed(headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
+    if len(body) > limits.COMPRESS_OVER_BYTES:
+        frame = zstd.compress(body, level=_LEVEL)
+        if len(frame) < len(body):
+            return headers | {H_ENCODING: _ZSTD}, frame
+    return headers, body
+
+
+def _decompressed(payload: bytes, encoding: str | None) -> bytes:
+    if encoding is None:
+        return payload
+    if encoding != _ZSTD:
+        raise InvalidFieldError(f"encoding {encoding[:20]!r} is not zstd", field=H_ENCODING)
+    try:
+        decompressor = zstd.ZstdDecompressor()
+        # One byte over the limit is enough to see a bomb, however far it would inflate.
+        body = decompressor.decompress(payload, max_length=limits.CHUNK_BYTES + 1)
+    except zstd.ZstdError as error:
+        raise InvalidBodyError(f"zstd frame does not decode: {error}", field="body") from error
+    if len(body) > limits.CHUNK_BYTES:
+        raise TooLargeError(
+            f"zstd frame inflates beyond {limits.CHUNK_BYTES} bytes", field="body", limit=limits.CHUNK_BYTES
+        )
+    if not decompressor.eof or decompressor.unused_data:
+        raise InvalidBodyError("zstd frame is truncated or followed by other bytes", field="body")
+    return body
+
+
+def _expiry(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) <= _MAX_EXPIRES_MS):
+        raise InvalidFieldError(f"expiry {text[:20]!r} is not milliseconds since 1970", field=H_EXPIRES)
+    return int(text)
+
+
+def _form(text: str | None) -> Form:
+    if text is None:
+        return "plain"
+    if text == "manifest":
+        return "manifest"
+    if text == "chunk":
+        return "chunk"
+    raise InvalidFieldError(f"form {text[:20]!r} is not manifest or chunk", field=H_FORM)

@@ -1,0 +1,172 @@
+"""One connection to a NATS server, set up so that a dead link is noticed and nothing is replayed unasked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from holdfast.schemas.errors import ConfigurationError, HoldfastError, UnavailableError
+from holdfast.streams.connection_target import ConnectionTarget, mask_url
+from holdfast.streams.lean import Lean
+from holdfast.streams.retry import ATTEMPT_S
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S: Final = 1.0
+"""How long the first connection is tried.  A user who forgot to start a server should read so at once; workers,
+which may start before their server, ask for longer."""
+
+_PING_S: Final = 10
+_RETRY_S: Final = 0.1
+_PENDING_BYTES: Final = 8 * 1024 * 1024
+"""Most bytes held for a server that is away: several batches, so that bursts do not flush one by one."""
+
+
+class ApiFailure(msgspec.Struct, frozen=True):
+    """The ``error`` member of a JetStream answer."""
+
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class ApiError(HoldfastError):
+    """JetStream refused a call; ``err_code`` tells why (its numbers are stable, its words are not)."""
+
+    code = "jetstream"
+
+    def __init__(self, failure: ApiFailure, subject: str) -> None:
+        super().__init__(f"JetStream refused {subject}: {failure.description} ({failure.code}/{failure.err_code})")
+        self.http_code = failure.code
+        self.err_code = failure.err_code
+
+
+class _Answer(msgspec.Struct):
+    error: ApiFailure | None = None
+
+
+_ANSWER: Final = msgspec.json.Decoder(_Answer)
+_OBJECT: Final = msgspec.json.Decoder(dict[str, Any])
+
+
+class Connection:
+    """A NATS client with its lean request layer.  Made by :func:`open_connection`."""
+
+    def __init__(self, client: Client, lean: Lean, target: ConnectionTarget) -> None:
+        self.client = client
+        self.lean = lean
+        self.target = target
+        self.reconnects = 0
+        self.on_reconnect: list[Callable[[], None]] = []
+
+    async def api(self, subject: str, request: object = None, *, timeout_s: float = ATTEMPT_S) -> dict[str, Any]:
+        """Calls the JetStream API ``$JS.API.<subject>``; returns its answer, raises ApiError when it refuses."""
+        payload = b"" if request is None else msgspec.json.encode(request)
+        try:
+            message = await self.lean.request(f"$JS.API.{subject}", payload, timeout_s=timeout_s)
+        except UnavailableError as error:
+            raise UnavailableError(
+                "the NATS server does not answer JetStream calls",
+                hint="start it with JetStream (nats-server -js), or grant this user $JS.API",
+            ) from error
+        failure = _ANSWER.decode(message.data).error
+        if failure is not None:
+            raise ApiError(failure, subject)
+        return _OBJECT.decode(message.data)
+
+
+@asynccontextmanager
+async def open_connection(
+    target: ConnectionTarget | str,
+    *,
+    name: str = "holdfast",
+    connect_s: float = CONNECT_S,
+) -> AsyncGenerator[Connection]:
+    """Connects to the server that ``target`` names and yields the connection; flushes and closes it at the end.
+
+    Reconnects for ever once connected.  Raises UnavailableError when no server answers within ``connect_s`` seconds,
+    ConfigurationError when it refuses the credentials.
+    """
+    if isinstance(target, str):
+        target = ConnectionTarget(url=target, origin="the address given")
+    options = target.connect_options()
+    connection: Connection | None = None
+
+    async def on_error(error: Exception) -> None:
+        logger.warning("nats error", extra={"action": "nats_error", "error": repr(error)})
+
+    async def on_disconnected() -> None:
+        logger.warning("connection to nats lost", extra={"action": "nats_disconnected"})
+
+    async def on_reconnected() -> None:
+        logger.info("connected to nats again", extra={"action": "nats_reconnected"})
+        if connection is not None:
+            connection.reconnects += 1
+            for callback in connection.on_reconnect:
+                callback()
+
+    deadline = time.monotonic() + connect_s
+    while True:
+        client = Client()
+        try:
+            await asyncio.wait_for(
+                client.connect(
+                    name=name,
+                    error_cb=on_error,
+                    disconnected_cb=on_disconnected,
+                    reconnected_cb=on_reconnected,
+                    # The first connection is ours to retry: nats-py would go on for ever, also over a refusal.
+                    allow_reconnect=False,
+                    max_reconnect_attempts=-1,
+                    ping_interval=_PING_S,
+                    max_outstanding_pings=2,
+                    pending_size=_PENDING_BYTES,
+                    **options,
+                ),
+                ATTEMPT_S,
+            )
+            break
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            await client.close()
+            if "authorization" in str(error).lower():
+                raise ConfigurationError(
+                    f"the NATS server at {mask_url(target.url)} refuses these credentials",
+                    hint="check --nats-creds, the NATS context or the user in the URL",
+                ) from error
+            if time.monotonic() >= deadline:
+                raise UnavailableError(
+                    f"no NATS server answers at {mask_url(target.url)}",
+                    hint="start one with 'holdfast up', or check the URL",
+                ) from error
+            await asyncio.sleep(_RETRY_S)
+    client.options["allow_reconnect"] = True
+    client.options["reconnect_time_wait"] = _RETRY_S
+    try:
+        async with Lean(client) as lean:
+            connection = Connection(client, lean, target)
+            yield connection
+    finally:
+        if not client.is_closed:
+            await _close(client)
+
+
+async def _close(client: Client) -> None:
+    """Sends what is pending, bounded in time, and closes."""
+    try:
+        if client.is_connected:
+            await asyncio.wait_for(client.flush(), 2)
+    except (TimeoutError, nats.errors.Error, OSError):
+        logger.debug("flush before closing failed", exc_info=True)
+    await client.close()
+
+
+__all__ = ["ApiError", "Connection", "Msg", "open_connection"]

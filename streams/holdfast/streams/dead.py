@@ -1,0 +1,143 @@
+"""Dead letters: what could not be processed, with the reason and where it came from.  Nothing is thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from holdfast.streams.publish import SUBJECT_FULL, WRONG_LAST_SEQUENCE, Outgoing, Refused, publish
+from holdfast.streams.pull import StreamReader
+from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
+from holdfast.streams.topology import stream_info
+from holdfast.streams.wire import (
+    DEAD_STREAM,
+    H_CODE,
+    H_EXPECT_SUBJECT_SEQ,
+    H_ORIGIN_HEADERS,
+    H_ORIGIN_SUBJECT,
+    H_ORIGIN_TIME,
+    H_REASON,
+    dead_subject,
+    namespace_token,
+)
+
+if TYPE_CHECKING:
+    from holdfast.schemas.errors import HoldfastError
+    from holdfast.streams.connection import Connection
+    from holdfast.streams.messages import StoredMessage
+
+_PAGE: Final = 1_000
+_REST: Final = "rest"
+_RESERVE_BYTES: Final = 10_000
+"""Room for the headers of a letter, whatever they were on the origin."""
+_HEADER_CHARS: Final = 1_000
+"""Longest reason kept: headers count against the payload limit."""
+
+
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
+    """A message that could not be processed.  ``payload`` is the message as it came."""
+
+    stream: str
+    epoch: str
+    seq: int
+    subject: str
+    code: str
+    reason: str
+    stored_at_ms: int
+    died_at_ms: int
+    headers: dict[str, str]
+    payload: bytes
+
+
+async def bury(connection: Connection, stream: str, message: StoredMessage, error: HoldfastError) -> bool:
+    """Stores a message as a dead letter, durably; returns False when it was there already.
+
+    One origin has one subject, created once: however often it is met again, there is one letter.
+    """
+    headers = {
+        H_EXPECT_SUBJECT_SEQ: "0",
+        H_REASON: str(error)[:_HEADER_CHARS].encode("ascii", "backslashreplace").decode(),
+        H_CODE: error.code,
+        H_ORIGIN_SUBJECT: message.subject.encode("ascii", "backslashreplace").decode(),
+        H_ORIGIN_TIME: str(message.stored_at_ms),
+        H_ORIGIN_HEADERS: msgspec.json.encode(_short(message.headers)).decode(),
+    }
+    token = namespace_token(message.subject)
+    subject = dead_subject(token, stream, message.epoch, message.seq)
+    letter = Outgoing(subject, headers, message.payload)
+    if letter.size + _RESERVE_BYTES > connection.client.max_payload:
+        # A message at the server's limit leaves no room for the reason: its second half goes before it.
+        half = len(message.payload) // 2
+        await _create(connection, Outgoing(f"{subject}.{_REST}", {H_EXPECT_SUBJECT_SEQ: "0"}, message.payload[half:]))
+        letter = Outgoing(subject, headers, message.payload[:half])
+    return await _create(connection, letter)
+
+
+async def _create(connection: Connection, letter: Outgoing) -> bool:
+    try:
+        await call_with_retry(lambda: publish(connection, letter), deadline_s=WRITE_DEADLINE_S)
+    except Refused as refusal:
+        if refusal.err_code in (WRONG_LAST_SEQUENCE, SUBJECT_FULL):
+            return False
+        raise
+    return True
+
+
+async def read_dead_letters(connection: Connection, *, after_seq: int = 0) -> AsyncIterator[tuple[int, DeadLetter]]:
+    """Yields (sequence in CTX_DEAD, letter), oldest first, as of the time of the call."""
+    info = await stream_info(connection, DEAD_STREAM)
+    reader = StreamReader(connection, DEAD_STREAM, max(after_seq + 1, info.first_seq), allow_gaps=True)
+    rests: dict[str, bytes] = {}
+    try:
+        while True:
+            messages, _ = await reader.read(limit=_PAGE, up_to=info.last_seq)
+            for message in messages:
+                if message.subject.endswith(f".{_REST}"):
+                    rests[message.subject] = message.payload
+                    continue
+                letter = _letter(message, rests.pop(f"{message.subject}.{_REST}", b""))
+                if letter is not None:
+                    yield message.seq, letter
+            if reader.next_seq > info.last_seq or not messages:
+                return
+    finally:
+        await reader.close()
+
+
+def _letter(message: StoredMessage, rest: bytes) -> DeadLetter | None:
+    # ctx.<ns>.dead.<stream>.<epoch>.<seq>: anybody may publish there, so what is no letter of ours is passed over.
+    tokens = message.subject.split(".")
+    if len(tokens) != 6 or not tokens[5].isdigit():
+        return None
+    headers = message.headers
+    try:
+        origin_headers = msgspec.json.decode(headers.get(H_ORIGIN_HEADERS, "{}"), type=dict[str, str])
+    except msgspec.DecodeError:
+        origin_headers = {}
+    time_text = headers.get(H_ORIGIN_TIME, "")
+    return DeadLetter(
+        stream=tokens[3],
+        epoch=tokens[4],
+        seq=int(tokens[5]),
+        subject=headers.get(H_ORIGIN_SUBJECT, ""),
+        code=headers.get(H_CODE, ""),
+        reason=headers.get(H_REASON, ""),
+        stored_at_ms=int(time_text) if time_text.isdigit() else 0,
+        died_at_ms=message.stored_at_ms,
+        headers=origin_headers,
+        payload=message.payload + rest,
+    )
+
+
+def _short(headers: Mapping[str, str]) -> dict[str, str]:
+    """The origin's headers, cut so that the letter fits whatever they were."""
+    kept: dict[str, str] = {}
+    room = 8 * _HEADER_CHARS
+    for name, value in headers.items():
+        room -= len(name) + len(value)
+        if room < 0:
+            break
+        kept[name] = value
+    return kept

@@ -1,0 +1,103 @@
+"""The event log: what happened, in order, carrying references instead of contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from holdfast.schemas import limits
+from holdfast.schemas.bodies import check_nesting, encode_json
+from holdfast.schemas.errors import InvalidFieldError, TooLargeError
+from holdfast.schemas.ids import iso_from_ms, new_event_id, now_ms
+from holdfast.schemas.refs import Ref
+from holdfast.streams.committer import Committer, Settled
+from holdfast.streams.decode import EventBody, timestamps_agree
+from holdfast.streams.publish import Outgoing
+from holdfast.streams.wire import H_MSG_ID, H_TRACEPARENT, event_subject
+
+if TYPE_CHECKING:
+    from holdfast.streams.connection import Connection
+
+
+class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event to be published.  ``id`` makes a repetition harmless: one id is stored once."""
+
+    namespace: str
+    agent_id: str
+    name: str
+    id: str = msgspec.field(default_factory=new_event_id)
+    timestamp_ms: int = msgspec.field(default_factory=now_ms)
+    data: Any = None
+    context_ref: Ref | None = None
+    session_id: str | None = None
+    correlation_id: str | None = None
+    parent_event_id: str | None = None
+    root_event_id: str | None = None
+    event_depth: int = 0
+    client_id: str | None = None
+    originator: str | None = None
+    source_id: str | None = None
+    traceparent: str | None = None
+
+
+class EventLog:
+    """Publishes events durably, many at once."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._committer = Committer(connection)
+
+    async def publish_many(self, events: Sequence[NewEvent]) -> list[Settled]:
+        """Stores events durably, in order, and tells of each whether its id was known already.
+
+        Raises a typed error for what may not be published, before anything is sent.
+        """
+        return await self._committer.store_many([encode_event(event) for event in events])
+
+    async def close(self) -> None:
+        """Waits until every event that was handed in has an outcome."""
+        await self._committer.close()
+
+
+def encode_event(event: NewEvent) -> Outgoing:
+    """Returns the message of an event; raises a typed error naming the field that may not be sent."""
+    for field in ("session_id", "correlation_id", "client_id", "originator", "source_id"):
+        value = getattr(event, field)
+        if value is not None and not (isinstance(value, str) and 0 < len(value) <= limits.ID_CHARS):
+            raise InvalidFieldError(
+                f"{field} is not text of 1 to {limits.ID_CHARS} characters", field=field, limit=limits.ID_CHARS
+            )
+    data = None
+    if event.data is not None:
+        if isinstance(event.data, bytes | bytearray | memoryview):
+            raise InvalidFieldError("data is bytes, not JSON", field="data", hint="put bytes as a context instead")
+        raw = encode_json(event.data, field="data")
+        check_nesting(raw, field="data")
+        data = msgspec.Raw(raw)
+    body = EventBody(
+        timestamp=None if timestamps_agree(event.id, event.timestamp_ms) else iso_from_ms(event.timestamp_ms),
+        session_id=event.session_id,
+        correlation_id=event.correlation_id,
+        parent_event_id=event.parent_event_id,
+        # What a reader derives is not sent: a root of itself, the depth of a root or of its child.
+        root_event_id=None if event.root_event_id in (None, event.id) else event.root_event_id,
+        event_depth=event.event_depth if event.event_depth != (0 if event.parent_event_id is None else 1) else None,
+        client_id=event.client_id,
+        originator=event.originator,
+        context_ref=event.context_ref,
+        data=data,
+        source_id=event.source_id,
+    )
+    payload = msgspec.json.encode(body)
+    if len(payload) > limits.EVENT_BYTES:
+        raise TooLargeError(
+            f"event has {len(payload)} bytes, the limit is {limits.EVENT_BYTES}",
+            field="data",
+            limit=limits.EVENT_BYTES,
+            hint="store what is large with put, and pass its reference as context",
+        )
+    headers = {H_MSG_ID: f"{event.namespace}.{event.id}"}
+    if event.traceparent is not None:
+        headers[H_TRACEPARENT] = event.traceparent
+    return Outgoing(event_subject(event.namespace, event.agent_id, event.name), headers, payload)

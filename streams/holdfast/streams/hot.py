@@ -1,0 +1,244 @@
+"""The hot tier: immutable contexts in the KV bucket ``ctx-hot``, keyed by their digest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from holdfast.schemas import limits
+from holdfast.schemas.errors import ConflictError, HoldfastError, IntegrityError, UnavailableError
+from holdfast.schemas.refs import JSON, Digest, Ref, format_ref
+from holdfast.streams.codec import StoredForm, decode_manifest, join, seal, unseal
+from holdfast.streams.committer import Committer, Settled
+from holdfast.streams.connection import ApiError, Connection, Msg
+from holdfast.streams.publish import Outgoing
+from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, call_with_retry
+from holdfast.streams.wire import (
+    H_EXPECT_SUBJECT_SEQ,
+    H_SEQUENCE,
+    H_STATUS,
+    H_SUBJECT,
+    H_TIME,
+    HOT_STREAM,
+    hot_subject,
+    parse_hot_subject,
+)
+
+if TYPE_CHECKING:
+    from holdfast.schemas.rows import ContextRow
+
+_SEAL_IN_THREAD_BYTES: Final = 64 * limits.KIB
+"""Bodies over this are hashed and compressed in a thread: on the event loop they would take over 0.5 ms."""
+
+_MULTI_GET: Final = 1000
+"""Subjects in one batched direct get; the server answers 1,024 at most."""
+
+_NO_MESSAGE: Final = 10037
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class NewContext(msgspec.Struct, frozen=True, kw_only=True):
+    """A context to be stored; its fields have been validated."""
+
+    namespace: str
+    kind: str
+    body: bytes
+    content_type: str = JSON
+    expires_at_ms: int | None = None
+
+
+class Put(msgspec.Struct, frozen=True):
+    """The outcome of storing one context: its reference, and whether an equal one was there already."""
+
+    ref: Ref
+    existed: bool
+
+
+class HotTier:
+    """Reads and writes of the hot tier on one connection.
+
+    ``replicas``: with more than one, a miss is confirmed at the stream's leader, since a direct get may be answered by
+    a server that has not caught up.
+    """
+
+    def __init__(self, connection: Connection, *, replicas: int = 1) -> None:
+        self._connection = connection
+        self._replicas = replicas
+        self._committer = Committer(connection, verifier=self._verify)
+
+    async def put_many(self, contexts: Sequence[NewContext]) -> list[Put]:
+        """Stores contexts durably and returns their outcomes in order.
+
+        Equal contexts are stored once.  What was there already is reported as stored only after it was read and
+        re-hashed.  Chunks of a large body are acknowledged before its manifest is sent, so that no manifest is ever
+        without its chunks.
+        """
+        puts: list[Put] = []
+        # Bounded look-ahead: sealing everything first would hold every compressed body at once.
+        for start in range(0, len(contexts), 2 * limits.BATCH_MESSAGES):
+            window = contexts[start : start + 2 * limits.BATCH_MESSAGES]
+            sealed = [await self._seal(context) for context in window]
+            chunks = [
+                _outgoing(context.namespace, form)
+                for context, forms in zip(window, sealed, strict=True)
+                for form in forms[:-1]
+            ]
+            if chunks:
+                await self._committer.store_many(chunks)
+            heads = [_outgoing(context.namespace, forms[-1]) for context, forms in zip(window, sealed, strict=True)]
+            settled = await self._committer.store_many(heads)
+            puts.extend(
+                Put(format_ref(context.kind, forms[-1].digest), outcome.existed)
+                for context, forms, outcome in zip(window, sealed, settled, strict=True)
+            )
+        return puts
+
+    async def get(self, namespace: str, digest: str) -> ContextRow | None:
+        """Returns the whole context, checked against its digest, or None when the hot tier does not hold it."""
+        row = await call_with_retry(lambda: self._get_stored(namespace, digest), deadline_s=READ_DEADLINE_S)
+        if row is None or row.form != "manifest":
+            return row
+        return await self.join_chunks(row)
+
+    async def get_stored(self, namespace: str, digest: str) -> ContextRow | None:
+        """Returns what is stored under the digest as it is stored (a manifest stays one), or None."""
+        return await call_with_retry(lambda: self._get_stored(namespace, digest), deadline_s=READ_DEADLINE_S)
+
+    async def get_stored_many(
+        self, namespace: str, digests: Iterable[Digest]
+    ) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
+        """Returns what is stored under the digests as it is stored, and the error of each that is damaged.
+
+        Digests that the hot tier does not hold are in neither.
+        """
+        wanted = list(dict.fromkeys(digests))
+        found: dict[Digest, ContextRow] = {}
+        damaged: dict[Digest, HoldfastError] = {}
+        for start in range(0, len(wanted), _MULTI_GET):
+            subjects = [hot_subject(namespace, digest) for digest in wanted[start : start + _MULTI_GET]]
+            messages = await call_with_retry(partial(self._multi_last, subjects), deadline_s=READ_DEADLINE_S)
+            for message in messages:
+                digest = Digest(_header(message, H_SUBJECT).rpartition(".")[2])
+                try:
+                    found[digest] = _row(namespace, digest, message)
+                except HoldfastError as error:
+                    damaged[digest] = error
+        return found, damaged
+
+    async def join_chunks(self, row: ContextRow) -> ContextRow | None:
+        """Returns the whole context of a manifest, or None when the hot tier lacks one of its chunks."""
+        manifest = decode_manifest(row.body)
+        found, damaged = await self.get_stored_many(row.namespace, manifest.chunks)
+        for error in damaged.values():
+            raise error
+        if any(digest not in found for digest in manifest.chunks):
+            return None
+        return await asyncio.to_thread(join, row, {digest: chunk.body for digest, chunk in found.items()})
+
+    async def close(self) -> None:
+        """Waits until every write that was handed in has an outcome."""
+        await self._committer.close()
+
+    async def _seal(self, context: NewContext) -> list[StoredForm]:
+        if len(context.body) <= _SEAL_IN_THREAD_BYTES:
+            return _sealed(context)
+        return await asyncio.to_thread(_sealed, context)
+
+    async def _get_stored(self, namespace: str, digest: str) -> ContextRow | None:
+        subject = hot_subject(namespace, digest)
+        message = await self._connection.lean.request(f"$JS.API.DIRECT.GET.{HOT_STREAM}.{subject}")
+        status = _header(message, H_STATUS)
+        if status == "404":
+            if self._replicas > 1 and await self._at_leader(subject):
+                raise UnavailableError("a replica has not caught up yet")
+            return None
+        if status:
+            raise UnavailableError(f"the hot tier answered {status}")
+        return _row(namespace, digest, message)
+
+    async def _at_leader(self, subject: str) -> bool:
+        try:
+            await self._connection.api(f"STREAM.MSG.GET.{HOT_STREAM}", {"last_by_subj": subject})
+        except ApiError as error:
+            if error.err_code == _NO_MESSAGE:
+                return False
+            raise
+        return True
+
+    async def _multi_last(self, subjects: list[str]) -> list[Msg]:
+        request = msgspec.json.encode({"multi_last": subjects})
+        messages: list[Msg] = []
+        async with self._connection.lean.stream(f"$JS.API.DIRECT.GET.{HOT_STREAM}", request) as queue:
+            while True:
+                try:
+                    message = await asyncio.wait_for(queue.get(), ATTEMPT_S)
+                except TimeoutError as error:
+                    raise UnavailableError("the hot tier stopped answering a batched get") from error
+                status = _header(message, H_STATUS)
+                if not status:
+                    messages.append(message)
+                elif status in ("204", "404"):
+                    return messages
+                else:
+                    raise UnavailableError(f"the hot tier answered a batched get with {status}")
+
+    async def _verify(self, messages: Sequence[Outgoing]) -> dict[str, Settled | HoldfastError]:
+        """Tells of subjects that are taken whether they hold what was to be stored (equal digest, intact)."""
+        outcomes: dict[str, Settled | HoldfastError] = {}
+        for start in range(0, len(messages), _MULTI_GET):
+            subjects = [message.subject for message in messages[start : start + _MULTI_GET]]
+            for message in await self._multi_last(subjects):
+                subject = _header(message, H_SUBJECT)
+                namespace, digest = parse_hot_subject(subject)
+                try:
+                    row = _row(namespace, digest, message)
+                    outcomes[subject] = Settled(row.seq, existed=True)
+                except HoldfastError as error:
+                    outcomes[subject] = ConflictError(
+                        f"something else is stored under {subject}: {error.message}",
+                        hint="a foreign or damaged message holds this key; see 'holdfast verify'",
+                    )
+        return outcomes
+
+
+def _sealed(context: NewContext) -> list[StoredForm]:
+    return seal(
+        context.namespace,
+        context.kind,
+        context.body,
+        content_type=context.content_type,
+        expires_at_ms=context.expires_at_ms,
+    )
+
+
+def _outgoing(namespace: str, form: StoredForm) -> Outgoing:
+    return Outgoing(hot_subject(namespace, form.digest), {**form.headers, H_EXPECT_SUBJECT_SEQ: "0"}, form.payload)
+
+
+def _row(namespace: str, digest: str, message: Msg) -> ContextRow:
+    return unseal(
+        namespace,
+        digest,
+        message.headers or {},
+        message.data,
+        stored_at_ms=parse_time_ms(_header(message, H_TIME)),
+        seq=int(_header(message, H_SEQUENCE)),
+    )
+
+
+def _header(message: Msg, name: str) -> str:
+    return (message.headers or {}).get(name, "")
+
+
+def parse_time_ms(text: str) -> int:
+    """Returns milliseconds since 1970 of the server's RFC 3339 time; raises IntegrityError when it is none."""
+    try:
+        # Floored, as everywhere: a row is the same whichever way it was read.
+        return (datetime.fromisoformat(text) - _EPOCH) // timedelta(milliseconds=1)
+    except ValueError as error:
+        raise IntegrityError(f"the server gave {text[:40]!r} as a time") from error

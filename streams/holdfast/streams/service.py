@@ -1,0 +1,190 @@
+"""Request-reply endpoints as a NATS service (ADR-32): discoverable, with errors that name the field and the limit.
+
+nats-py runs the handler of a subscription for one message at a time; here every request is a task of its own, and at
+most ``MAX_REQUESTS`` run at once: what comes beyond waits in the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import nats.errors
+from nats.micro.service import EndpointConfig, Service, ServiceConfig
+
+from holdfast.schemas import limits
+from holdfast.schemas.errors import HoldfastError, InvalidFieldError, TooLargeError
+from holdfast.schemas.names import check_namespace, decode_token
+
+if TYPE_CHECKING:
+    from nats.micro.request import Request
+
+    from holdfast.streams.connection import Connection
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUESTS: Final = 512
+"""Requests under way at once: enough to keep the disk and the server busy, bounded for memory's sake."""
+
+DRAIN_S: Final = 10.0
+"""How long a stopping service waits for the requests under way."""
+
+
+class ErrorBody(msgspec.Struct, omit_defaults=True, frozen=True):
+    """What an error reply says, as JSON ``{"error": {…}}``; ``code`` is stable, ``message`` is for people."""
+
+    code: str
+    message: str
+    field: str | None = None
+    limit: int | str | None = None
+    hint: str | None = None
+
+
+class ErrorReply(msgspec.Struct, frozen=True):
+    error: ErrorBody
+
+
+class Call:
+    """One request.  ``namespace`` is decoded from the subject; ``reply`` may be used several times."""
+
+    __slots__ = ("_request", "data", "headers", "namespace", "subject")
+
+    def __init__(self, request: Request, namespace: str) -> None:
+        self._request = request
+        self.namespace = namespace
+        self.subject = request.subject
+        self.data = request.data
+        self.headers: Mapping[str, str] = request.headers or {}
+
+    async def reply(self, payload: bytes, headers: dict[str, str] | None = None) -> None:
+        """Sends an answer.  Raises TooLargeError when it is over what the server takes."""
+        try:
+            await self._request.respond(payload, headers)
+        except nats.errors.MaxPayloadError as error:
+            raise TooLargeError(
+                f"the answer of {len(payload)} bytes does not fit one message",
+                field="body",
+                limit=limits.REPLY_BYTES,
+                hint="resolve it with the SDK, which fetches a large body in parts",
+            ) from error
+        except ValueError:
+            logger.debug("a request without a reply subject", extra={"action": "no_reply", "subject": self.subject})
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+class EndpointCounters(msgspec.Struct):
+    """Requests answered, refused with a typed error, and failed unexpectedly; seconds spent."""
+
+    answered: int = 0
+    refused: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
+@asynccontextmanager
+async def serve(
+    connection: Connection,
+    *,
+    name: str,
+    version: str,
+    description: str,
+    endpoints: Mapping[str, tuple[str, Handler]],
+    namespace_at: int | None = 1,
+) -> AsyncGenerator[dict[str, EndpointCounters]]:
+    """Runs a NATS service while the block lasts; yields the counters of its endpoints, by name.
+
+    ``endpoints``: name → (subject, handler).  ``namespace_at``: which token of the subject is the namespace; None for
+    endpoints that have none.  At the end no new request is taken, and those under way are waited for up to
+    ``DRAIN_S`` seconds, then cancelled.
+    """
+    room = asyncio.Semaphore(MAX_REQUESTS)
+    tasks: set[asyncio.Task[None]] = set()
+    counters = {endpoint: EndpointCounters() for endpoint in endpoints}
+
+    def receiver(endpoint: str, handler: Handler) -> Callable[[Request], Awaitable[None]]:
+        async def receive(request: Request) -> None:
+            await room.acquire()
+            task = asyncio.get_running_loop().create_task(
+                _answer(request, handler, counters[endpoint], namespace_at), name=f"holdfast-{endpoint}"
+            )
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            task.add_done_callback(lambda _: room.release())
+
+        return receive
+
+    service = Service(connection.client, ServiceConfig(name=name, version=version, description=description))
+    await service.start()
+    try:
+        for endpoint, (subject, handler) in endpoints.items():
+            await service.add_endpoint(
+                EndpointConfig(name=endpoint, subject=subject, handler=receiver(endpoint, handler))
+            )
+        # Once this has returned, the server routes requests to us.
+        await connection.client.flush()
+        yield counters
+    finally:
+        try:
+            await asyncio.wait_for(service.stop(), DRAIN_S)
+        except (nats.errors.Error, TimeoutError, OSError):
+            logger.debug("stopping a service without a connection", exc_info=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=DRAIN_S)
+        for task in tasks:
+            task.cancel()
+
+
+async def _answer(request: Request, handler: Handler, counters: EndpointCounters, namespace_at: int | None) -> None:
+    started = time.perf_counter()
+    try:
+        namespace = "" if namespace_at is None else _namespace(request.subject, namespace_at)
+        await handler(Call(request, namespace))
+        counters.answered += 1
+    except HoldfastError as error:
+        counters.refused += 1
+        await _refuse(request, error)
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        counters.failed += 1
+        logger.exception("request failed", extra={"action": "request_failed", "subject": request.subject})
+        await _refuse(request, HoldfastError(f"internal error: {type(error).__name__}", hint="see the worker's log"))
+    finally:
+        counters.seconds += time.perf_counter() - started
+
+
+def _namespace(subject: str, position: int) -> str:
+    return check_namespace(decode_token(subject.split(".")[position]))
+
+
+async def _refuse(request: Request, error: HoldfastError) -> None:
+    body = ErrorReply(
+        ErrorBody(code=error.code, message=error.message, field=error.field, limit=error.limit, hint=error.hint)
+    )
+    description = str(error).encode("ascii", "backslashreplace").decode()[:500]
+    try:
+        await request.respond_error(str(error.status), description, msgspec.json.encode(body))
+    except (nats.errors.Error, ValueError, OSError):
+        logger.debug("an error reply could not be sent", exc_info=True)
+
+
+def decode_request(payload: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
+    """Returns a request decoded by ``decoder``; raises InvalidFieldError naming what is wrong with it."""
+    try:
+        return decoder.decode(payload or b"{}")
+    except msgspec.ValidationError as error:
+        # msgspec ends its message with the path of the offending member: … - at `$.limit`
+        text, _, path = str(error).partition(" - at `$")
+        field = path.rstrip("`").lstrip(".") or None
+        raise InvalidFieldError(f"request does not fit: {text}", field=field or "request") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidFieldError(
+            f"request is not JSON: {error}", field="request", hint='send a JSON object, such as {"ref": "ctx_…"}'
+        ) from error

@@ -1,0 +1,197 @@
+"""The four JetStream assets, declared once: created where missing, compared where present.
+
+Nothing but this module creates a stream.  A stream that the lake already holds a cursor for is never created anew: its
+absence is a loss to be reported, not a gap to be papered over (the caller says which streams those are).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Collection
+from typing import Any, Final
+
+import msgspec
+
+from holdfast.schemas.errors import DriftError, GapError
+from holdfast.streams.connection import ApiError, Connection
+from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
+
+logger = logging.getLogger(__name__)
+
+EPOCH_KEY: Final = "holdfast.epoch"
+VERSION_KEY: Final = "holdfast.version"
+LAYOUT_VERSION: Final = "1"
+
+_STREAM_NOT_FOUND: Final = 10059
+_NAME_IN_USE: Final = 10058
+_NS: Final = 1_000_000_000
+
+
+class StreamInfo(msgspec.Struct, frozen=True):
+    """What a stream said of itself.  ``epoch`` names this life of the stream."""
+
+    name: str
+    epoch: str
+    first_seq: int
+    last_seq: int
+    messages: int
+    bytes: int
+    replicas: int
+
+
+def declarations(*, replicas: int = 1, duplicate_window_s: float = 600.0) -> dict[str, dict[str, Any]]:
+    """Returns the declared configuration of every stream, by name.
+
+    ``duplicate_window_s``: for how long the server itself refuses a repeated event id; as long as a writer retries
+    (10 min), at ~180 B of server memory an id.
+    """
+    common: dict[str, Any] = {
+        "retention": "limits",
+        "storage": "file",
+        "num_replicas": replicas,
+        # Nothing but a purge below the watermark takes a message away: no age, no count, no size, no single delete.
+        "max_age": 0,
+        "max_msgs": -1,
+        "max_bytes": -1,
+        "deny_delete": True,
+        "deny_purge": False,
+        "allow_direct": True,
+        # A roll-up header from any client would delete history.
+        "allow_rollup_hdrs": False,
+        "allow_atomic": True,
+        # Server-side compression and encryption have had corruption bugs: bodies are compressed before they are sent.
+        "compression": "none",
+    }
+    window_ns = int(duplicate_window_s * _NS)
+    return {
+        HOT_STREAM: common
+        | {
+            "subjects": ["$KV.ctx-hot.>"],
+            "max_msgs_per_subject": 1,
+            # Together: a plain put on an existing context is refused instead of replacing it.
+            "discard": "new",
+            "discard_new_per_subject": True,
+            "duplicate_window": window_ns,
+        },
+        KEYS_STREAM: common
+        | {
+            "subjects": ["$KV.ctx-keys.>"],
+            # "Unlimited" as a number: nats-py refuses a bucket that says -1.
+            "max_msgs_per_subject": 1_000_000_000,
+            "discard": "new",
+            "duplicate_window": window_ns,
+        },
+        EVENTS_STREAM: common
+        | {
+            "subjects": ["ctx.*.event.>"],
+            "max_msgs_per_subject": -1,
+            "discard": "new",
+            "duplicate_window": window_ns,
+        },
+        DEAD_STREAM: common
+        | {
+            "subjects": ["ctx.*.dead.>"],
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "discard_new_per_subject": True,
+            "duplicate_window": window_ns,
+        },
+    }
+
+
+async def ensure_topology(
+    connection: Connection,
+    *,
+    replicas: int = 1,
+    duplicate_window_s: float = 600.0,
+    archived: Collection[str] = (),
+) -> dict[str, StreamInfo]:
+    """Creates the streams that are missing, compares those that are there, and returns them all by name.
+
+    ``archived`` names the streams that the lake holds a cursor for.  Raises DriftError when a stream differs from its
+    declaration, GapError when one of ``archived`` is gone from the server.  Safe to run from several processes at once.
+    """
+    found: dict[str, StreamInfo] = {}
+    for name, declared in declarations(replicas=replicas, duplicate_window_s=duplicate_window_s).items():
+        try:
+            answer = await connection.api(f"STREAM.INFO.{name}")
+        except ApiError as error:
+            if error.err_code != _STREAM_NOT_FOUND:
+                raise
+            if name in archived:
+                raise GapError(
+                    f"stream {name} is gone from the server, though the lake holds archived messages of it",
+                    hint="check --nats-url; if the stream is truly lost, run 'holdfast up --accept-lost-streams'",
+                ) from error
+            answer = await _create(connection, name, declared)
+        differences = compare(declared, answer["config"])
+        if differences:
+            raise DriftError(
+                f"stream {name} differs from its declaration: {_describe(differences)}",
+                differences=differences,
+                hint=f"set these back with 'nats stream edit {name}'; nothing was changed",
+            )
+        found[name] = _info(answer)
+    return found
+
+
+async def stream_info(connection: Connection, name: str) -> StreamInfo:
+    """Returns what stream ``name`` says of itself; raises GapError when there is no such stream."""
+    try:
+        return _info(await connection.api(f"STREAM.INFO.{name}"))
+    except ApiError as error:
+        if error.err_code == _STREAM_NOT_FOUND:
+            raise GapError(
+                f"stream {name} does not exist on this server", hint="run 'holdfast up' or a worker once to create it"
+            ) from error
+        raise
+
+
+def compare(declared: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[object, object]]:
+    """Returns the settings in which ``found`` differs from ``declared``, as {setting: (declared, found)}.
+
+    The server leaves a false or empty setting out of its answer.
+    """
+    differences: dict[str, tuple[object, object]] = {}
+    for setting, value in declared.items():
+        actual = found.get(setting, type(value)())
+        if actual != value:
+            differences[setting] = (value, actual)
+    epoch = found.get("metadata", {}).get(EPOCH_KEY)
+    if not epoch:
+        differences[f"metadata.{EPOCH_KEY}"] = ("an epoch", epoch)
+    version = found.get("metadata", {}).get(VERSION_KEY)
+    if version != LAYOUT_VERSION:
+        differences[f"metadata.{VERSION_KEY}"] = (LAYOUT_VERSION, version)
+    return differences
+
+
+async def _create(connection: Connection, name: str, declared: dict[str, Any]) -> dict[str, Any]:
+    metadata = {EPOCH_KEY: secrets.token_hex(8), VERSION_KEY: LAYOUT_VERSION}
+    try:
+        answer = await connection.api(f"STREAM.CREATE.{name}", {"name": name, "metadata": metadata, **declared})
+    except ApiError as error:
+        # Another process created it between our look and our call, with another epoch: theirs is the one.
+        if error.err_code != _NAME_IN_USE:
+            raise
+        return await connection.api(f"STREAM.INFO.{name}")
+    logger.info("stream created", extra={"action": "stream_created", "stream": name, "epoch": metadata[EPOCH_KEY]})
+    return answer
+
+
+def _info(answer: dict[str, Any]) -> StreamInfo:
+    state = answer["state"]
+    return StreamInfo(
+        name=answer["config"]["name"],
+        epoch=answer["config"].get("metadata", {}).get(EPOCH_KEY, ""),
+        first_seq=state["first_seq"],
+        last_seq=state["last_seq"],
+        messages=state["messages"],
+        bytes=state["bytes"],
+        replicas=answer["config"].get("num_replicas", 1),
+    )
+
+
+def _describe(differences: dict[str, tuple[object, object]]) -> str:
+    return ", ".join(f"{setting} is {found!r}, not {declared!r}" for setting, (declared, found) in differences.items())

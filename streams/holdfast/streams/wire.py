@@ -1,0 +1,130 @@
+"""Names on the wire: streams, subjects and headers.  Every subject is built here, never at a call site.
+
+============  =========================================  =============================================
+stream        subjects                                   a message is
+============  =========================================  =============================================
+KV_ctx-hot    ``$KV.ctx-hot.<ns>.<digest>``              one stored context (hot tier)
+KV_ctx-keys   ``$KV.ctx-keys.<ns>.<key…>``               one version of a named context
+CTX_EVENTS    ``ctx.<ns>.event.<agent>.<name…>``         one event
+CTX_DEAD      ``ctx.<ns>.dead.<stream>.<epoch>.<seq>``   one message that could not be processed
+============  =========================================  =============================================
+
+``<ns>``, ``<agent>`` and each segment of a name are tokens of :mod:`holdfast.schemas.names`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from holdfast.schemas.errors import InvalidNameError
+from holdfast.schemas.names import check_agent, check_event_name, check_namespace, decode_token, encode_token
+
+if TYPE_CHECKING:
+    from holdfast.schemas.rows import Table
+
+HOT_STREAM: Final = "KV_ctx-hot"
+KEYS_STREAM: Final = "KV_ctx-keys"
+EVENTS_STREAM: Final = "CTX_EVENTS"
+DEAD_STREAM: Final = "CTX_DEAD"
+
+STREAM_OF_TABLE: Final[dict[Table, str]] = {
+    "contexts": HOT_STREAM,
+    "events": EVENTS_STREAM,
+    "key_versions": KEYS_STREAM,
+}
+
+HOT_PREFIX: Final = "$KV.ctx-hot."
+KEYS_PREFIX: Final = "$KV.ctx-keys."
+
+# Headers of ours.  Defaults are left out: a plain JSON context carries Hf-Kind alone.
+H_VERSION: Final = "Hf-V"
+H_KIND: Final = "Hf-Kind"
+H_TYPE: Final = "Hf-Type"
+H_EXPIRES: Final = "Hf-Exp"
+H_ENCODING: Final = "Hf-Enc"
+H_FORM: Final = "Hf-Form"
+H_DIGEST: Final = "Hf-Digest"
+H_CREATED: Final = "Hf-Created"
+H_END: Final = "Hf-End"
+H_REASON: Final = "Hf-Reason"
+H_CODE: Final = "Hf-Code"
+H_ORIGIN_SUBJECT: Final = "Hf-Origin-Subject"
+H_ORIGIN_TIME: Final = "Hf-Origin-Time"
+H_ORIGIN_HEADERS: Final = "Hf-Origin-Headers"
+
+# Headers of the server's (ADR-8, ADR-31, ADR-50 of nats-architecture-and-design).
+H_MSG_ID: Final = "Nats-Msg-Id"
+H_EXPECT_SUBJECT_SEQ: Final = "Nats-Expected-Last-Subject-Sequence"
+H_SUBJECT: Final = "Nats-Subject"
+H_SEQUENCE: Final = "Nats-Sequence"
+H_TIME: Final = "Nats-Time-Stamp"
+H_BATCH_ID: Final = "Nats-Batch-Id"
+H_BATCH_SEQUENCE: Final = "Nats-Batch-Sequence"
+H_BATCH_COMMIT: Final = "Nats-Batch-Commit"
+H_STATUS: Final = "Status"
+H_TRACEPARENT: Final = "traceparent"
+H_SERVICE_ERROR: Final = "Nats-Service-Error-Code"
+
+
+def hot_subject(namespace: str, digest: str) -> str:
+    """Returns the subject of a context in the hot tier."""
+    return f"{HOT_PREFIX}{encode_token(namespace)}.{digest}"
+
+
+def event_subject(namespace: str, agent: str, name: str) -> str:
+    """Returns the subject of an event; raises InvalidNameError for a name that may not be."""
+    segments = ".".join(encode_token(segment) for segment in check_event_name(name).split(":"))
+    return f"ctx.{encode_token(check_namespace(namespace))}.event.{encode_token(check_agent(agent))}.{segments}"
+
+
+def dead_subject(namespace_token: str, stream: str, epoch: str, seq: int) -> str:
+    """Returns the subject of a dead letter: one for each origin, so that it is written once at most."""
+    return f"ctx.{namespace_token}.dead.{stream}.{epoch}.{seq}"
+
+
+def service_subject(namespace: str, endpoint: str) -> str:
+    """Returns the subject on which the resolver answers ``endpoint`` for a namespace."""
+    return f"ctx.{encode_token(check_namespace(namespace))}.{endpoint}"
+
+
+class EventAddress(NamedTuple):
+    namespace: str
+    agent: str
+    name: str
+
+
+def parse_event_subject(subject: str) -> EventAddress:
+    """Returns what an event's subject says; raises InvalidNameError when a token is none of ours."""
+    tokens = subject.split(".")
+    if len(tokens) < 5 or tokens[0] != "ctx" or tokens[2] != "event":
+        raise InvalidNameError(
+            f"subject {subject[:120]!r} is not ctx.<namespace>.event.<agent>.<name…>", field="subject"
+        )
+    return EventAddress(
+        check_namespace(decode_token(tokens[1])),
+        check_agent(decode_token(tokens[3])),
+        check_event_name(":".join(decode_token(token) for token in tokens[4:])),
+    )
+
+
+def parse_hot_subject(subject: str) -> tuple[str, str]:
+    """Returns (namespace, digest text) of a hot-tier subject; raises InvalidNameError when it is not one."""
+    tokens = subject.removeprefix(HOT_PREFIX).split(".")
+    if not subject.startswith(HOT_PREFIX) or len(tokens) != 2:
+        raise InvalidNameError(f"subject {subject[:120]!r} is not {HOT_PREFIX}<namespace>.<digest>", field="subject")
+    return check_namespace(decode_token(tokens[0])), tokens[1]
+
+
+def parse_key_subject(subject: str) -> tuple[str, str]:
+    """Returns (namespace, key) of a named context's subject; a key's segments are joined by dots."""
+    tokens = subject.removeprefix(KEYS_PREFIX).split(".")
+    if not subject.startswith(KEYS_PREFIX) or len(tokens) < 2:
+        raise InvalidNameError(f"subject {subject[:120]!r} is not {KEYS_PREFIX}<namespace>.<key…>", field="subject")
+    return check_namespace(decode_token(tokens[0])), ".".join(decode_token(token) for token in tokens[1:])
+
+
+def namespace_token(subject: str) -> str:
+    """Returns the namespace token of any subject of ours, as it stands, for filing a dead letter."""
+    tokens = subject.removeprefix(HOT_PREFIX).removeprefix(KEYS_PREFIX).split(".")
+    index = 1 if tokens[0] == "ctx" else 0
+    return tokens[index] if len(tokens) > index and tokens[index] else "unknown"
