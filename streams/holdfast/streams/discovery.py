@@ -14,8 +14,8 @@ An empty variable counts as unset.  Nothing here opens a connection; a few small
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,9 +23,6 @@ from holdfast.schemas.errors import ConfigurationError
 from holdfast.streams.connection_target import ConnectionTarget, split_servers
 from holdfast.streams.local_server import default_data_directory, read_local_server
 from holdfast.streams.nats_context import load_nats_context
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 def find_connection(

@@ -12,16 +12,14 @@ or the same one as somebody else.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
 from holdfast.schemas.errors import ConfigurationError
 from holdfast.streams.connection_target import ConnectionTarget, split_servers
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 SELECTED: Final = "@selected"
 """Stands for the context that ``nats context select`` chose.  It is used only when it is asked for by this name:
