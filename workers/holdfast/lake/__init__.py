@@ -1,0 +1,97 @@
+"""The cold tier: archived rows in Delta tables of Parquet, an index over them, and DuckDB views.
+
+Three tables under one directory (``contexts``, ``events``, ``key_versions``), each partitioned by the UTC day of
+``stored_at``.  Nothing here imports NATS; the live tail comes in through the :class:`~holdfast.lake.snapshot.Tail`
+protocol.  ``pip install holdfast[lake]`` is enough for :func:`connect`; the index is for services.
+
+For readers::
+
+    connect(path, nats_url=None, *, tail=None, sandbox=False) -> Connection       # .execute .sql .cursor .close …
+    query_events(connection, EventFilter(...), since_ms=, until_ms=, limit=, cursor=) -> EventPage
+
+For the archiver, the compactor and the janitor::
+
+    Lake.open(path, *, create=False) -> Lake
+    lake.watermark(table) -> Position | None          # the Delta txn: everything up to it is durable here
+    lake.anchors(table, from_seq=0) -> list[Anchor]
+    lake.append(table, rows, *, epoch, first_seq, last_seq, anchors=()) -> CommitReport
+    lake.files(table) -> tuple[FileEntry, ...];  lake.statistics(table) -> TableStatistics
+    lake.version(table) -> int;  lake.refresh(table=None);  lake.close()
+    lake.torn_commits() -> list[TornCommit];  lake.set_aside(torn)
+    compact(lake) -> CompactionReport;  vacuum(lake, older_than_s=86_400) -> VacuumReport
+    write_views_file(lake)                            # <lake>/holdfast.duckdb, for plain DuckDB
+
+For the resolver and for deduplication::
+
+    LakeIndex.open(path) -> LakeIndex
+    index.refresh(lake) -> IndexReport;  index.rebuild(lake)
+    index.find_contexts(digests) / find_events([(namespace, id)]) / find_key_versions([(namespace, key, version)])
+        -> dict[..., Position]
+    index.last_key_version(namespace, key) -> tuple[int, Position] | None
+    Lookup(lake, index).get_contexts(digests) -> dict[Digest, ContextRow]
+                       .get_events(ids) -> dict[(namespace, id), EventRow]
+                       .get_body(namespace, digest) -> tuple[ContextRow, bytes] | None    # chunks joined and verified
+
+For ``holdfast verify``::
+
+    verify_lake(path) -> LakeReport                   # .ok .checked .violations
+
+Every call blocks on the disk: from an event loop, call it in a thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from holdfast.lake.compaction import compact, vacuum
+    from holdfast.lake.duck import Connection, connect, write_views_file
+    from holdfast.lake.index import LakeIndex
+    from holdfast.lake.lake import Lake
+    from holdfast.lake.lookup import Lookup
+    from holdfast.lake.scan import EventFilter, EventPage, query_events
+    from holdfast.lake.snapshot import Tail
+    from holdfast.lake.verify import verify_lake
+
+__all__ = [
+    "Connection",
+    "EventFilter",
+    "EventPage",
+    "Lake",
+    "LakeIndex",
+    "Lookup",
+    "Tail",
+    "compact",
+    "connect",
+    "query_events",
+    "vacuum",
+    "verify_lake",
+    "write_views_file",
+]
+
+# Loaded at first use: a notebook that only queries should not pay for lmdb, nor need it.
+_HOME: Final[dict[str, str]] = {
+    "Connection": "duck",
+    "EventFilter": "scan",
+    "EventPage": "scan",
+    "Lake": "lake",
+    "LakeIndex": "index",
+    "Lookup": "lookup",
+    "Tail": "snapshot",
+    "compact": "compaction",
+    "connect": "duck",
+    "query_events": "scan",
+    "vacuum": "compaction",
+    "verify_lake": "verify",
+    "write_views_file": "duck",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value

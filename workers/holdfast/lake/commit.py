@@ -1,0 +1,239 @@
+"""The commit protocol: one Delta commit, fenced and durable, or none.
+
+1. The predecessor's commit file is fsynced, so that only the last commit of a log can ever be torn.
+2. One handle of deltalake is opened, must stand at the expected version, and its ``txn`` must be what the caller
+   requires: deltalake itself accepts a fresh handle that repeats a ``txn``.
+3. The same handle commits, once: the log's next number is taken by whoever links it first.
+4. The commit file and its directory are fsynced; deltalake never does.
+
+deltalake's own checkpoints and log clean-up are off: they run after the commit, unsynced, and a bad checkpoint keeps a
+table from opening.  :func:`write_checkpoint` makes ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import DeltaError
+from deltalake.transaction import AddAction, RemoveAction
+
+from holdfast.lake.columns import delta_schema
+from holdfast.lake.files import fsync_directory, fsync_file, make_directory, move_aside
+from holdfast.lake.log import (
+    LOG_DIRECTORY,
+    OUR_INFO,
+    Snapshot,
+    TornCommitError,
+    checkpoint_path,
+    commit_path,
+    list_checkpoints,
+    list_versions,
+    read_commit,
+)
+from holdfast.schemas.errors import FenceError, UnavailableError
+from holdfast.schemas.failpoints import failpoint
+from holdfast.schemas.ids import now_ms
+from holdfast.schemas.rows import Position, Table
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_INTERVAL: Final = 50
+"""Commits from one checkpoint to the next: opening a table parses all that came after, 0.1 ms each."""
+
+TORN_DIRECTORY: Final = "torn"
+_LAST_CHECKPOINT: Final = "_last_checkpoint"
+
+_CONFIGURATION: Final = {
+    "delta.checkpointInterval": "1000000000",
+    "delta.enableExpiredLogCleanup": "false",
+}
+_NO_HOOKS: Final = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+
+
+class CommitRaceError(Exception):
+    """Another process took the next version; nothing of ours was committed.  Read the log again and decide."""
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """What one commit does.  ``expected`` is the ``txn`` version of ``app_id`` that must be in force before it."""
+
+    action: str
+    app_id: str
+    version: int
+    expected: int | None
+    adds: Sequence[AddAction] = ()
+    removes: Sequence[RemoveAction] = ()
+    info: dict[str, Any] = {}
+
+
+class TornCommit(msgspec.Struct, frozen=True, kw_only=True):
+    """A last commit that does not parse.  ``earlier`` is the watermark of the version before it."""
+
+    table: Table
+    path: str
+    version: int
+    earlier: Position | None
+
+
+def create_table(table: Table, directory: Path) -> None:
+    """Creates an empty, durable Delta table; does nothing when there is one."""
+    make_directory(directory)
+    if list_versions(directory) == [0] and _is_torn(directory, 0):
+        # Power failed while the table was being made: nothing can have been in it.
+        move_aside(commit_path(directory, 0), directory / LOG_DIRECTORY / TORN_DIRECTORY)
+    if not list_versions(directory):
+        DeltaTable.create(
+            str(directory),
+            schema=delta_schema(table),
+            mode="ignore",
+            partition_by=["day"],
+            configuration=_CONFIGURATION,
+            post_commithook_properties=_NO_HOOKS,
+        )
+    make_durable(directory, 0)
+
+
+def make_durable(directory: Path, version: int) -> None:
+    """Flushes a commit file and the log's directory."""
+    fsync_file(commit_path(directory, version))
+    fsync_directory(directory / LOG_DIRECTORY)
+
+
+def commit(base: Snapshot, change: Change) -> int:
+    """Commits ``change`` on top of ``base``, durably; returns the new version.
+
+    Raises FenceError when the ``txn`` in force is not the expected one, CommitRaceError when the log moved on from
+    ``base``, TornCommitError when a torn commit is in the way, UnavailableError when the log cannot be written.
+    After any other error the outcome is in the log: read it.
+    """
+    directory = base.directory
+    if read_commit(directory, base.version + 1) is not None:
+        raise CommitRaceError(base.version + 1)
+    make_durable(directory, base.version)
+    handle = DeltaTable(str(directory))
+    if handle.version() != base.version:
+        raise CommitRaceError(handle.version())
+    found = handle.transaction_version(change.app_id)
+    if found != change.expected:
+        raise FenceError(
+            f"{directory} stands at {change.app_id} {found}, this commit continues {change.expected}",
+            hint="read the watermark again and start the cycle anew",
+        )
+    commit_id = uuid.uuid4().hex
+    updated = max([now_ms(), *(known.updated + 1 for known in base.transactions.values())])
+    properties = CommitProperties(
+        custom_metadata={OUR_INFO: {"v": 1, "action": change.action, "commit_id": commit_id, **change.info}},
+        max_commit_retries=0,
+        app_transactions=[Transaction(change.app_id, change.version, updated)],
+    )
+    failpoint("lake.before_commit")
+    try:
+        handle.create_write_transaction(
+            [*change.adds, *change.removes],
+            "append",
+            delta_schema(base.table),
+            ["day"],
+            commit_properties=properties,
+            post_commithook_properties=_NO_HOOKS,
+        )
+    except DeltaError as error:
+        _check_lost(base, commit_id, error)
+    failpoint("lake.after_commit")
+    make_durable(directory, base.version + 1)
+    failpoint("lake.after_log_fsync")
+    return base.version + 1
+
+
+def _check_lost(base: Snapshot, commit_id: str, error: DeltaError) -> None:
+    """Returns when the failed call has committed after all; otherwise raises what became of it."""
+    taken = read_commit(base.directory, base.version + 1)
+    if taken is None:
+        raise UnavailableError(
+            f"{base.directory} cannot be committed to: {error}", hint="check free space and permissions, then retry"
+        ) from error
+    if taken.info.get("commit_id") != commit_id:
+        raise CommitRaceError(base.version + 1) from error
+
+
+def find_torn(base: Snapshot) -> TornCommit | None:
+    """Returns the torn commit right after ``base``, if there is one."""
+    version = base.version + 1
+    if not _is_torn(base.directory, version):
+        return None
+    return TornCommit(
+        table=base.table, path=str(commit_path(base.directory, version)), version=version, earlier=base.watermark
+    )
+
+
+def _is_torn(directory: Path, version: int) -> bool:
+    try:
+        read_commit(directory, version)
+    except TornCommitError:
+        return True
+    return False
+
+
+def set_torn_aside(base: Snapshot, torn: TornCommit) -> Path:
+    """Moves a torn commit out of the log, durably; returns where to.
+
+    Only for a caller who knows that the stream still holds everything after ``torn.earlier``: what the commit said is
+    archived again from there.
+    """
+    if find_torn(base) != torn:
+        raise FenceError(f"{torn.path} is no longer a torn commit", hint="open the lake again")
+    target = move_aside(Path(torn.path), base.directory / LOG_DIRECTORY / TORN_DIRECTORY)
+    logger.warning(
+        "torn commit set aside",
+        extra={"action": "torn_commit_set_aside", "table": torn.table, "version": torn.version, "path": str(target)},
+    )
+    return target
+
+
+def write_checkpoint(base: Snapshot) -> None:
+    """Writes a durable checkpoint of ``base``; a failure is logged, since the commits stay and say the same."""
+    directory, version = base.directory, base.version
+    path = checkpoint_path(directory, version)
+    try:
+        DeltaTable(str(directory), version=version).create_checkpoint()
+        fsync_file(path)
+        fsync_file(path.with_name(_LAST_CHECKPOINT))
+        fsync_directory(path.parent)
+    except (DeltaError, OSError) as error:
+        logger.warning(
+            "checkpoint was not written",
+            extra={"action": "checkpoint_failed", "table": base.table, "version": version, "error": str(error)},
+        )
+
+
+def repair_checkpoints(table: Table, directory: Path) -> None:
+    """Moves checkpoints that a power cut left unreadable out of the log: deltalake would not open the table.
+
+    Nothing is lost by it: commits are kept, and say the same.
+    """
+    log = directory / LOG_DIRECTORY
+    for version in reversed(list_checkpoints(directory)):
+        path = checkpoint_path(directory, version)
+        try:
+            pq.read_table(path, columns=["txn", "metaData", "add"])
+        except (pa.ArrowException, OSError) as error:
+            (log / _LAST_CHECKPOINT).unlink(missing_ok=True)
+            target = move_aside(path, log / TORN_DIRECTORY)
+            logger.warning(
+                "unreadable checkpoint set aside",
+                extra={
+                    "action": "checkpoint_set_aside",
+                    "table": table,
+                    "path": str(target),
+                    "error": str(error),
+                },
+            )
+        else:
+            return

@@ -1,0 +1,269 @@
+"""DuckDB over the lake: :func:`connect` for notebooks and services, a file of views for plain DuckDB."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, cast
+
+import duckdb
+import pyarrow as pa
+
+from holdfast.lake.columns import to_batch
+from holdfast.lake.files import fsync_directory
+from holdfast.lake.lake import Lake
+from holdfast.lake.snapshot import Identity, Picture, PictureTaker, Tail, identities_of
+from holdfast.lake.views import file_scan, view_statements
+from holdfast.schemas.errors import ConfigurationError
+from holdfast.schemas.rows import TABLES, ContextRow, Row, Table
+
+if TYPE_CHECKING:
+    from holdfast.lake.index import LakeIndex
+    from holdfast.lake.log import Snapshot
+
+VIEWS_FILE: Final = "holdfast.duckdb"
+VIEWS_FILE_INTERVAL_S: Final = 1.0
+
+_TAIL_ADAPTER: Final = "holdfast.streams.tail"
+_TAIL_RELATION: Final[dict[Table, str]] = {table: f"tail_of_{table}" for table in TABLES}
+
+# What runs SQL, and so sees a picture of its own.
+_STATEMENTS: Final = frozenset({"executemany", "from_query", "query", "sql", "table", "view"})
+
+
+class Connection:
+    """A DuckDB connection whose every statement sees the lake, and the live tail, as of its start.
+
+    Everything that a ``duckdb.DuckDBPyConnection`` has works here; ``execute`` returns this object.  Views:
+    ``contexts``, ``events``, ``key_versions``, ``contexts_stored``.  They cannot be written to; tables of one's own
+    live in memory.  A lazy relation (``sql``, ``table``) is evaluated against the newest picture that this connection
+    has taken by then.  Not for several threads at once: give each its own :meth:`cursor`.
+    """
+
+    def __init__(self, duck: duckdb.DuckDBPyConnection, taker: PictureTaker, *, owns_taker: bool) -> None:
+        self._duck = duck
+        self._taker = taker
+        self._owns_taker = owns_taker
+        self._picture: Picture | None = None
+        self._pinned = False
+        self.refresh()
+
+    def execute(self, query: Any, parameters: Any = None) -> Self:
+        """Runs a statement on a fresh picture; results are fetched from this object."""
+        self.refresh()
+        if parameters is None:
+            self._duck.execute(query)
+        else:
+            self._duck.execute(query, parameters)
+        return self
+
+    def refresh(self) -> Picture:
+        """Takes a picture of this moment for the statements to come, unless one is pinned; returns it."""
+        if not self._pinned or self._picture is None:
+            picture = self._taker.take()
+            if self._picture is None or picture.number != self._picture.number:
+                self._show(picture)
+        assert self._picture is not None
+        return self._picture
+
+    def _show(self, picture: Picture) -> None:
+        for table, rows in picture.tails.items():
+            self._duck.register(_TAIL_RELATION[table], rows)
+        old = self._picture
+        changed = [
+            snapshot
+            for table, snapshot in picture.snapshots.items()
+            if old is None or old.snapshots[table] is not snapshot
+        ]
+        tails: dict[Table, str] = {table: _TAIL_RELATION[table] for table in picture.tails}
+        for statement in view_statements(changed, temporary=True, tails=tails):
+            self._duck.execute(statement)
+        self._picture = picture
+
+    @contextmanager
+    def pinned(self) -> Generator[Self]:
+        """Within the block, every statement sees the picture taken at its start."""
+        self.refresh()
+        self._pinned = True
+        try:
+            yield self
+        finally:
+            self._pinned = False
+
+    def cursor(self) -> Connection:
+        """Returns a connection of its own to the same lake and tail, for another thread."""
+        return Connection(self._duck.cursor(), self._taker, owns_taker=False)
+
+    def close(self) -> None:
+        """Closes the connection and, on the one that ``connect`` returned, the tail."""
+        self._duck.close()
+        if self._owns_taker:
+            self._taker.close()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._duck, name)
+        if name not in _STATEMENTS:
+            return value
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            self.refresh()
+            return value(*arguments, **options)
+
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def connect(
+    path: str | Path,
+    nats_url: str | None = None,
+    *,
+    tail: Tail | None = None,
+    index: LakeIndex | None = None,
+    config: dict[str, str | bool | int | float | list[str]] | None = None,
+) -> Connection:
+    """Opens the lake in a directory for SQL.
+
+    With ``nats_url``, or a ``tail`` of one's own, the views also show what is not archived yet, each row exactly once,
+    read after it was acknowledged.  Raises DataDirectoryError when there is no lake.  ``index`` makes the check for
+    repetitions cheaper where a process has one open; it is not needed.  ``config`` is DuckDB's.
+    """
+    lake = Lake.open(path)
+    if tail is None and nats_url is not None:
+        tail = _open_tail(nats_url)
+    duck = duckdb.connect(":memory:", config=config or {})
+    try:
+        find_known = _KnownByIndex(lake, index) if index is not None else _KnownByScan(duck.cursor())
+        return Connection(duck, PictureTaker(lake, tail, find_known), owns_taker=True)
+    except BaseException:
+        duck.close()
+        if tail is not None:
+            tail.close()
+        raise
+
+
+def _open_tail(nats_url: str) -> Tail:
+    # By name, at call time: the lake stands without NATS.
+    try:
+        adapter = importlib.import_module(_TAIL_ADAPTER)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"the live tail needs {error.name}", hint="pip install 'holdfast[lake]', or leave out nats_url"
+        ) from error
+    open_tail = cast(Callable[[str], Tail], adapter.open_tail)
+    return open_tail(nats_url)
+
+
+_KEY_COLUMNS: Final[dict[Table, tuple[str, ...]]] = {
+    "contexts": ("ref",),
+    "events": ("namespace", "event_id"),
+    "key_versions": ("namespace", "key", "version"),
+}
+
+
+class _KnownByScan:
+    """Finds repetitions of archived rows by one semi-join over the lake's files."""
+
+    def __init__(self, duck: duckdb.DuckDBPyConnection) -> None:
+        self._duck = duck
+
+    def __call__(self, snapshot: Snapshot, rows: Sequence[Row]) -> set[Identity]:
+        if not snapshot.files:
+            return set()
+        columns = ", ".join(_KEY_COLUMNS[snapshot.table])
+        self._duck.register("candidates", pa.Table.from_batches([to_batch(snapshot.table, rows)]))
+        try:
+            found = self._duck.execute(
+                f"SELECT DISTINCT {columns} FROM {file_scan(snapshot)} SEMI JOIN candidates USING ({columns})"  # noqa: S608  own names
+                + (" WHERE form <> 'touch'" if snapshot.table == "contexts" else "")
+            ).fetchall()
+        finally:
+            self._duck.unregister("candidates")
+        if snapshot.table == "contexts":
+            return {(ref[-32:],) for (ref,) in found}
+        return {tuple(str(part) for part in key) for key in found}
+
+
+class _KnownByIndex:
+    """Finds repetitions of archived rows by the index."""
+
+    def __init__(self, lake: Lake, index: LakeIndex) -> None:
+        self._lake = lake
+        self._index = index
+
+    def __call__(self, snapshot: Snapshot, rows: Sequence[Row]) -> set[Identity]:
+        self._index.refresh(self._lake)
+        identities = identities_of(rows)
+        found: dict[Any, Any]
+        if snapshot.table == "contexts":
+            found = {
+                (digest,): place
+                for digest, place in self._index.find_contexts(
+                    row.digest for row in rows if isinstance(row, ContextRow)
+                ).items()
+            }
+        elif snapshot.table == "events":
+            found = dict(self._index.find_events((key[0], key[1]) for key in identities))
+        else:
+            versions = self._index.find_key_versions((key[0], key[1], int(key[2])) for key in identities)
+            found = {(namespace, key, str(version)): place for (namespace, key, version), place in versions.items()}
+        # The index may be ahead of the snapshot and know this very row: that is no repetition.
+        return {
+            identity
+            for row, identity in zip(rows, identities, strict=True)
+            if (place := found.get(identity)) is not None and not (place.epoch == row.epoch and place.seq >= row.seq)
+        }
+
+
+class ViewsFile:
+    """Keeps ``<lake>/holdfast.duckdb`` up to date, at most once a second, for one process that commits."""
+
+    def __init__(self, lake: Lake, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lake = lake
+        self._clock = clock
+        self._written_at: float | None = None
+        self._versions: dict[Table, int] = {}
+
+    def update(self) -> bool:
+        """Writes the file if a table has changed and the last writing is a second ago; returns whether it did."""
+        versions: dict[Table, int] = {table: self._lake.version(table) for table in TABLES}
+        now = self._clock()
+        due = self._written_at is None or now - self._written_at >= VIEWS_FILE_INTERVAL_S
+        if not due or versions == self._versions:
+            return False
+        write_views_file(self._lake)
+        self._written_at, self._versions = now, versions
+        return True
+
+
+def write_views_file(lake: Lake) -> Path:
+    """Writes a DuckDB database that holds the views and no rows, and renames it into place; returns its path.
+
+    Plain DuckDB opens it (``duckdb lake/holdfast.duckdb``).  Its file lists are absolute and of this moment; files
+    that were compacted away stay for a day, so that a reader who opened it before goes on.  Open it read-only: what is
+    written into it is gone with the next commit.
+    """
+    target = lake.path / VIEWS_FILE
+    temporary = lake.path / f".{VIEWS_FILE}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    try:
+        with duckdb.connect(str(temporary)) as duck:
+            for statement in view_statements((lake.snapshot(table) for table in TABLES), temporary=False):
+                duck.execute(statement)
+        temporary.rename(target)
+    finally:
+        for leftover in (temporary, temporary.with_name(temporary.name + ".wal")):
+            leftover.unlink(missing_ok=True)
+    fsync_directory(lake.path)
+    return target

@@ -1,0 +1,321 @@
+"""Point look-ups: from an identity to its row by reading one row group.
+
+Index → (epoch, sequence) → the file whose range holds it → the row group whose Parquet statistics hold it → that
+group, decoded.  Files stay open with their footers, a bounded number of them; a batch reads each row group once.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import OrderedDict, defaultdict
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from holdfast.lake.columns import to_rows
+from holdfast.schemas.errors import DigestMismatchError, IntegrityError, UnavailableError
+from holdfast.schemas.refs import Digest, compute_digest
+from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Position, Row, Table
+
+if TYPE_CHECKING:
+    from holdfast.lake.index import EventKey, LakeIndex, VersionKey
+    from holdfast.lake.lake import Lake
+    from holdfast.lake.log import FileEntry, Snapshot
+
+OPEN_FILES: Final = 64
+"""How many files are kept open.  A footer of 125 row groups takes ~0.5 MB of memory."""
+
+
+READ_ATTEMPTS: Final = 3
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a chunked body consists of, in order; as the hot tier stores it."""
+
+    size: int
+    chunks: list[Digest]
+    v: int = 1
+
+
+_MANIFEST: Final = msgspec.json.Decoder(Manifest)
+
+
+class Lookup:
+    """Reads rows by identity from one lake.  Safe to use from several threads; each call blocks on the disk.
+
+    A row that the index does not know is looked for once more after a refresh of the index, so a ``None`` means that
+    the lake of this moment does not hold it.
+    """
+
+    def __init__(self, lake: Lake, index: LakeIndex, *, open_files: int = OPEN_FILES) -> None:
+        self._lake = lake
+        self._index = index
+        self._files = _OpenFiles(open_files)
+        self._maps: dict[Table, _FileMap] = {}
+
+    def close(self) -> None:
+        """Closes the files; the lake and the index are the caller's."""
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def get_contexts(self, digests: Iterable[Digest]) -> dict[Digest, ContextRow]:
+        """Returns the rows that hold these contexts, of those that the lake holds; manifests as stored.
+
+        Every other body is hashed again: DigestMismatchError names the file and the row of one that is damaged.
+        """
+        wanted = list(dict.fromkeys(digests))
+        positions = self._index.find_contexts(wanted)
+        if len(positions) < len(wanted):
+            self._index.refresh(self._lake)
+            positions = self._index.find_contexts(wanted)
+        rows = self._read("contexts", positions.values())
+        found: dict[Digest, ContextRow] = {}
+        for digest, position in positions.items():
+            row = cast(ContextRow, rows[position])
+            self._check(row, digest, position)
+            found[digest] = row
+        return found
+
+    def get_events(self, keys: Iterable[EventKey]) -> dict[EventKey, EventRow]:
+        """Returns the events of these (namespace, id), of those that the lake holds."""
+        wanted = list(dict.fromkeys(keys))
+        positions = self._index.find_events(wanted)
+        if len(positions) < len(wanted):
+            self._index.refresh(self._lake)
+            positions = self._index.find_events(wanted)
+        rows = self._read("events", positions.values())
+        return {key: cast(EventRow, rows[position]) for key, position in positions.items()}
+
+    def get_key_versions(self, keys: Iterable[VersionKey]) -> dict[VersionKey, KeyVersionRow]:
+        """Returns the versions of these (namespace, key, version), of those that the lake holds."""
+        wanted = list(dict.fromkeys(keys))
+        positions = self._index.find_key_versions(wanted)
+        if len(positions) < len(wanted):
+            self._index.refresh(self._lake)
+            positions = self._index.find_key_versions(wanted)
+        rows = self._read("key_versions", positions.values())
+        return {key: cast(KeyVersionRow, rows[position]) for key, position in positions.items()}
+
+    def get_body(self, digest: Digest) -> tuple[ContextRow, bytes] | None:
+        """Returns a context's row and its whole body, chunks joined and the digest verified; None if not here.
+
+        Raises IntegrityError when a chunk is missing, DigestMismatchError when the whole is not what it should be.
+        """
+        row = self.get_contexts([digest]).get(digest)
+        if row is None:
+            return None
+        if row.form != "manifest":
+            return row, row.body
+        return row, self.join(row)
+
+    def join(self, row: ContextRow) -> bytes:
+        """Returns the whole body of a manifest's row, verified."""
+        manifest = _decode_manifest(row)
+        chunks = self.get_contexts(manifest.chunks)
+        missing = [digest for digest in manifest.chunks if digest not in chunks]
+        if missing:
+            raise IntegrityError(
+                f"{row.ref} lacks {len(missing)} of {len(manifest.chunks)} chunks, first {missing[0]}",
+                hint="run holdfast verify",
+            )
+        body = b"".join(chunks[digest].body for digest in manifest.chunks)
+        actual = compute_digest(
+            row.namespace, row.kind, body, content_type=row.content_type, expires_at_ms=row.expires_at_ms
+        )
+        if actual != row.digest:
+            raise DigestMismatchError(
+                f"the chunks of {row.ref}, row {row.epoch}/{row.seq}, hash to {actual}", hint="run holdfast verify"
+            )
+        return body
+
+    def _check(self, row: ContextRow, digest: Digest, position: Position) -> None:
+        if row.form == "manifest":
+            actual = row.digest  # the whole is checked when its chunks are joined
+        else:
+            actual = compute_digest(
+                row.namespace, row.kind, row.body, content_type=row.content_type, expires_at_ms=row.expires_at_ms
+            )
+        if actual != digest:
+            file = self._file_map("contexts").candidates(position)
+            raise DigestMismatchError(
+                f"row {position.epoch}/{position.seq} of {', '.join(entry.path for entry in file)} "
+                f"hashes to {actual}, not to {digest}",
+                hint="run holdfast verify; restore the file from a backup",
+            )
+
+    def _read(self, table: Table, positions: Iterable[Position]) -> dict[Position, Row]:
+        """Returns the rows at these positions, all of them."""
+        wanted = set(positions)
+        if not wanted:
+            return {}
+        reason = ""
+        for attempt in range(READ_ATTEMPTS):
+            if attempt:
+                self._lake.refresh(table)
+            try:
+                rows = self._read_from(self._file_map(table), wanted)
+            except FileNotFoundError as error:
+                # Compacted and vacuumed under us: the newest version names another file.
+                reason = f"{error.filename or error} is missing"
+                continue
+            if len(rows) == len(wanted):
+                return rows
+            missing = next(position for position in wanted if position not in rows)
+            reason = f"there is no row {missing.epoch}/{missing.seq}, which the index names"
+        raise IntegrityError(
+            f"{table} cannot be read: {reason}",
+            hint="run holdfast verify; if it finds nothing, delete the index directory",
+        )
+
+    def _read_from(self, files: _FileMap, wanted: set[Position]) -> dict[Position, Row]:
+        by_group: dict[tuple[str, int], list[int]] = defaultdict(list)
+        entries: dict[str, FileEntry] = {}
+        for position in wanted:
+            for entry in files.candidates(position):
+                entries[entry.path] = entry
+                for group in self._files.get(files.directory / entry.path).groups_of(position.seq):
+                    by_group[entry.path, group].append(position.seq)
+        rows: dict[Position, Row] = {}
+        for (path, group), seqs in sorted(by_group.items()):
+            content = self._files.get(files.directory / path).read(group, seqs)
+            for row in to_rows(files.table, content):
+                position = Position(row.epoch, row.seq)
+                if position in wanted:
+                    rows[position] = row
+        return rows
+
+    def _file_map(self, table: Table) -> _FileMap:
+        snapshot = self._lake.snapshot(table)
+        known = self._maps.get(table)
+        if known is None or known.version != snapshot.version:
+            known = self._maps[table] = _FileMap.of(snapshot)
+        return known
+
+
+def _decode_manifest(row: ContextRow) -> Manifest:
+    try:
+        return _MANIFEST.decode(row.body)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise IntegrityError(
+            f"the manifest of {row.ref}, row {row.epoch}/{row.seq}, cannot be read: {error}",
+            hint="run holdfast verify",
+        ) from error
+
+
+class _FileMap(NamedTuple):
+    """Which files may hold a sequence.  Ranges seldom overlap: at midnight, where two days interleave."""
+
+    table: Table
+    directory: Path
+    version: int
+    epochs: dict[str, tuple[list[int], list[int], list[FileEntry]]]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> _FileMap:
+        by_epoch: dict[str, list[FileEntry]] = defaultdict(list)
+        for entry in snapshot.files.values():
+            by_epoch[entry.epoch].append(entry)
+        epochs: dict[str, tuple[list[int], list[int], list[FileEntry]]] = {}
+        for epoch, entries in by_epoch.items():
+            entries.sort(key=lambda entry: entry.max_seq)
+            lowest = list(accumulate((entry.min_seq for entry in reversed(entries)), min))[::-1]
+            epochs[epoch] = [entry.max_seq for entry in entries], lowest, entries
+        return cls(snapshot.table, snapshot.directory, snapshot.version, epochs)
+
+    def candidates(self, position: Position) -> list[FileEntry]:
+        ends, lowest, entries = self.epochs.get(position.epoch, ([], [], []))
+        found: list[FileEntry] = []
+        # From the first file that ends late enough, up to where every further one begins too late.
+        for i in range(bisect_left(ends, position.seq), len(entries)):
+            if lowest[i] > position.seq:
+                break
+            if entries[i].min_seq <= position.seq:
+                found.append(entries[i])
+        return found
+
+
+@contextmanager
+def _readable(path: Path) -> Generator[None]:
+    """Translates what Arrow raises on a file: damage and a disk that does not answer are told apart."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:
+            raise UnavailableError(f"{path} cannot be read: {error}", hint="check the disk") from error
+        raise IntegrityError(
+            f"{path} is damaged: {error}", hint="run holdfast verify; restore the file from a backup"
+        ) from error
+
+
+class _OpenFile:
+    """One Parquet file with its footer, and the sequence range of each row group."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _readable(path):
+            self._parquet: Any = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+        self._lock = threading.Lock()
+        metadata = self._parquet.metadata
+        column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).name == "stream_seq")
+        groups = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]
+        self._starts: list[int] = [group.min for group in groups]
+        self._ends: list[int] = [group.max for group in groups]
+
+    def groups_of(self, seq: int) -> list[int]:
+        group = bisect_left(self._ends, seq)
+        return [group] if group < len(self._ends) and self._starts[group] <= seq else []
+
+    def read(self, group: int, seqs: Sequence[int]) -> Any:
+        with self._lock, _readable(self._path):
+            content = self._parquet.read_row_group(group, use_threads=False)
+        wanted = pc.SetLookupOptions(value_set=pa.array(seqs, pa.int64()))
+        return content.filter(pc.call_function("is_in", [content.column("stream_seq")], wanted))
+
+    def close(self) -> None:
+        with self._lock:
+            self._parquet.close()
+
+
+class _OpenFiles:
+    """The files used last, open."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> _OpenFile:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = _OpenFile(path)
+                # Dropped, not closed: another thread may be reading it; it closes when the last one is done.
+                if len(self._files) > self._limit:
+                    self._files.popitem(last=False)
+            else:
+                self._files.move_to_end(path)
+            return file
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()

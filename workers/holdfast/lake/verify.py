@@ -1,0 +1,255 @@
+"""Checks a lake at rest: every file, every count, every digest, every watermark.
+
+Reads everything once and changes nothing.  Run it while nothing vacuums; appends meanwhile do no harm.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, cast
+
+import duckdb
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from holdfast.lake.columns import to_rows
+from holdfast.lake.lake import Lake
+from holdfast.lake.log import FileEntry, Snapshot, list_versions, read_commit
+from holdfast.lake.views import view_statements
+from holdfast.schemas.errors import IntegrityError
+from holdfast.schemas.refs import compute_digest, parse_ref
+from holdfast.schemas.rows import TABLES, ContextRow, Table
+
+MOST_OF_A_KIND: Final = 100
+"""Most violations listed for one table and check; the rest is counted in the last one's text."""
+
+
+class Violation(msgspec.Struct, frozen=True, kw_only=True):
+    """One broken promise.  ``invariant`` is its id in the design (I1, I2, …)."""
+
+    invariant: str
+    object: str
+    what: str
+    next_step: str
+
+
+class LakeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was checked, as counts, and what was found."""
+
+    checked: dict[str, int]
+    violations: list[Violation]
+
+    @property
+    def ok(self) -> bool:
+        return not self.violations
+
+
+def verify_lake(path: str | Path) -> LakeReport:
+    """Checks a whole lake; raises DataDirectoryError when there is none."""
+    lake = Lake.open(path)
+    checked: Counter[str] = Counter()
+    violations: list[Violation] = []
+    for table in TABLES:
+        snapshot = lake.snapshot(table)
+        checks = [_check_log(lake, snapshot, checked), _check_files(snapshot, checked)]
+        for check in checks:
+            violations.extend(_bounded(check))
+    # Identities and joined bodies are asked of DuckDB: it reads the same files by other code.
+    if not violations:
+        violations.extend(_bounded(_check_identities(lake, checked)))
+        violations.extend(_bounded(_check_joined(lake, checked)))
+    return LakeReport(checked=dict(checked), violations=violations)
+
+
+def _bounded(check: Iterable[Violation]) -> Iterator[Violation]:
+    further = 0
+    for number, violation in enumerate(check):
+        if number < MOST_OF_A_KIND:
+            yield violation
+        else:
+            further += 1
+    if further:
+        yield Violation(
+            invariant="I1", object="lake", what=f"{further} more of the same kind", next_step="see those listed"
+        )
+
+
+def _check_log(lake: Lake, snapshot: Snapshot, checked: Counter[str]) -> Iterator[Violation]:
+    """I3: every append continues the one before, in its epoch; watermarks only advance."""
+    torn = lake.table(snapshot.table).torn_commit()
+    if torn is not None:
+        yield Violation(
+            invariant="I5",
+            object=torn.path,
+            what="the last commit is torn; it was never acknowledged",
+            next_step="start holdfast up with the streams it was fed from: it sets the commit aside",
+        )
+    last_seqs: dict[str, int] = {}
+    for version in list_versions(snapshot.directory):
+        if version > snapshot.version:
+            break
+        commit = read_commit(snapshot.directory, version)
+        if commit is None:
+            continue
+        checked["commits"] += 1
+        if commit.info.get("action") != "append":
+            continue
+        epoch, first, last = commit.info["epoch"], commit.info["first_seq"], commit.info["last_seq"]
+        before = last_seqs.get(epoch)
+        if last < first or (before is not None and first != before + 1):
+            yield Violation(
+                invariant="I3",
+                object=f"{snapshot.directory} version {version}",
+                what=f"archives {epoch} {first} to {last} after {before}",
+                next_step="stop the archiver; compare with a backup of the log",
+            )
+        last_seqs[epoch] = last
+
+
+def _check_files(snapshot: Snapshot, checked: Counter[str]) -> Iterator[Violation]:
+    """I1, I4: every file is there, whole, and holds what the log says; no sequence twice, none past a watermark."""
+    spans: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    for entry in sorted(snapshot.files.values(), key=lambda entry: (entry.epoch, entry.min_seq)):
+        checked["files"] += 1
+        try:
+            yield from _check_file(snapshot, entry, checked)
+        except (OSError, pa.ArrowException, IntegrityError) as error:
+            yield _file_violation(snapshot, entry, f"cannot be read: {error}")
+            continue
+        spans[entry.epoch].append((entry.min_seq, entry.max_seq, entry.path))
+    for epoch, ranges in spans.items():
+        yield from _check_overlaps(snapshot, epoch, ranges)
+
+
+def _file_violation(snapshot: Snapshot, entry: FileEntry, what: str, invariant: str = "I1") -> Violation:
+    return Violation(
+        invariant=invariant,
+        object=str(snapshot.directory / entry.path),
+        what=what,
+        next_step="restore this file from a backup; what the streams still hold can be archived again",
+    )
+
+
+def _check_file(snapshot: Snapshot, entry: FileEntry, checked: Counter[str]) -> Iterator[Violation]:
+    path = snapshot.directory / entry.path
+    size = path.stat().st_size
+    if size != entry.size_bytes:
+        yield _file_violation(snapshot, entry, f"has {size} bytes, the log says {entry.size_bytes}")
+    watermark = snapshot.transactions.get(f"{snapshot.table}/{entry.epoch}")
+    rows = contexts = 0
+    previous = entry.min_seq - 1
+    with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+        for group in range(parquet.num_row_groups):
+            content = parquet.read_row_group(group)
+            rows += content.num_rows
+            for row in to_rows(snapshot.table, content):
+                if row.epoch != entry.epoch or not previous < row.seq <= entry.max_seq:
+                    yield _file_violation(snapshot, entry, f"row {row.epoch}/{row.seq} follows {previous}")
+                if watermark is None or row.seq > watermark.version:
+                    yield _file_violation(snapshot, entry, f"row {row.seq} is past the watermark", "I3")
+                previous = row.seq
+                if isinstance(row, ContextRow):
+                    contexts += row.form in ("plain", "manifest")
+                    yield from _check_digest(snapshot, entry, row, checked)
+    checked[snapshot.table] += rows
+    brought = contexts if snapshot.table == "contexts" else rows
+    if (rows, brought) != (entry.rows, entry.contexts):
+        yield _file_violation(
+            snapshot, entry, f"has {rows} rows and {brought} contexts, the log says {entry.rows} and {entry.contexts}"
+        )
+
+
+def _check_digest(snapshot: Snapshot, entry: FileEntry, row: ContextRow, checked: Counter[str]) -> Iterator[Violation]:
+    if row.form in ("touch", "manifest"):
+        return
+    checked["digests"] += 1
+    actual = compute_digest(
+        row.namespace, row.kind, row.body, content_type=row.content_type, expires_at_ms=row.expires_at_ms
+    )
+    if actual != row.digest:
+        yield _file_violation(snapshot, entry, f"row {row.seq}, {row.ref}, hashes to {actual}", "I4")
+
+
+def _check_overlaps(snapshot: Snapshot, epoch: str, ranges: list[tuple[int, int, str]]) -> Iterator[Violation]:
+    """Files whose ranges overlap (two days around midnight) are compared row by row."""
+    ranges.sort()
+    reach, reach_path = -1, ""
+    for first, last, path in ranges:
+        if first <= reach:
+            common = _sequences(snapshot, path) & _sequences(snapshot, reach_path)
+            if common:
+                yield Violation(
+                    invariant="I1",
+                    object=str(snapshot.directory / path),
+                    what=f"{len(common)} rows of {epoch}, first {min(common)}, are in {reach_path} as well",
+                    next_step="compare with a backup of the log; report this: no known crash leads to it",
+                )
+        if last > reach:
+            reach, reach_path = last, path
+
+
+def _sequences(snapshot: Snapshot, path: str) -> set[int]:
+    column = pq.ParquetFile(snapshot.directory / path).read(columns=["stream_seq"]).column("stream_seq")
+    return set(cast("list[int]", column.to_pylist()))
+
+
+_IDENTITIES: Final[dict[Table, tuple[str, str]]] = {
+    "contexts": ("ref, namespace", "contexts_stored WHERE form <> 'touch'"),
+    "events": ("event_id, namespace", "events"),
+    "key_versions": ("version, key, namespace", "key_versions"),
+}
+
+
+def _views(lake: Lake) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(":memory:")
+    for statement in view_statements((lake.snapshot(table) for table in TABLES), temporary=True):
+        connection.execute(statement)
+    return connection
+
+
+def _check_identities(lake: Lake, checked: Counter[str]) -> Iterator[Violation]:
+    """I1, I2: no context, event or key version is in the lake twice."""
+    with _views(lake) as connection:
+        for table, (columns, source) in _IDENTITIES.items():
+            found = connection.execute(
+                f"SELECT count(*), {columns} FROM {source} GROUP BY {columns} HAVING count(*) > 1 LIMIT ?",  # noqa: S608  own names
+                [MOST_OF_A_KIND],
+            ).fetchall()
+            checked["identities"] += lake.table(table).statistics().rows
+            for count, *identity in found:
+                yield Violation(
+                    invariant="I1",
+                    object=f"{table} {' '.join(str(part) for part in identity)}",
+                    what=f"is stored {count} times",
+                    next_step="report this: the archiver deduplicates by its index",
+                )
+
+
+def _check_joined(lake: Lake, checked: Counter[str]) -> Iterator[Violation]:
+    """I4: every chunked body, put together, hashes to its reference."""
+    with _views(lake) as connection:
+        manifests = connection.execute("SELECT ref FROM contexts_stored WHERE form = 'manifest'").fetchall()
+        for (ref,) in manifests:
+            found: list[Any] = connection.execute(
+                "SELECT namespace, kind, content_type, epoch_ms(expires_at), body_bytes FROM contexts WHERE ref = ?",
+                [ref],
+            ).fetchall()
+            checked["manifests"] += 1
+            for namespace, kind, content_type, expires_at_ms, body in found:
+                if body is None:
+                    problem = "lacks chunks"
+                else:
+                    actual = compute_digest(
+                        namespace, kind, body, content_type=content_type, expires_at_ms=expires_at_ms
+                    )
+                    problem = "" if actual == parse_ref(ref).digest else f"hashes to {actual}"
+                if problem:
+                    yield Violation(
+                        invariant="I4",
+                        object=ref,
+                        what=f"a chunked body {problem}",
+                        next_step="restore the files of its chunks from a backup",
+                    )
