@@ -23,8 +23,9 @@ _ENCODER: Final = msgspec.json.Encoder(order="sorted")
 _DECODER: Final = msgspec.json.Decoder()
 
 # A string, or one bracket: what nesting depends on.  Possessive quantifiers are not in Python 3.11; the alternation
-# below cannot backtrack, since each branch starts with another character.
-_STRUCTURE: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+# below cannot backtrack, since each branch starts with another character.  A string without an end reaches to the
+# end of the text: were it no match, every quote in it would be tried as another beginning, in quadratic time.
+_STRUCTURE: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _CONTENT_TYPE: Final = re.compile(r"[\x21-\x7e][\x20-\x7e]*\Z")
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
-from typing import NewType
+from typing import Final, NewType
+
+MAX_MS: Final = 253_402_300_799_999
+"""The last millisecond of the year 9999, UTC."""
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 EventId = NewType("EventId", str)
 """A UUID in its usual text form: version 7 when Holdfast makes it, version 8 when derived from a foreign id."""
@@ -54,7 +59,13 @@ def normal_event_id(namespace: str, source_id: str) -> tuple[EventId, str | None
 
 def utc_from_ms(at_ms: int) -> datetime:
     """Returns the aware UTC datetime of integer milliseconds since 1970."""
-    return datetime.fromtimestamp(at_ms / 1000, tz=UTC)
+    # Not fromtimestamp: a float of seconds loses milliseconds in far years.
+    return _EPOCH + timedelta(milliseconds=at_ms)
+
+
+def ms_from_utc(moment: datetime) -> int:
+    """Returns integer milliseconds since 1970 of an aware datetime, floored."""
+    return (moment - _EPOCH) // timedelta(milliseconds=1)
 
 
 def iso_from_ms(at_ms: int) -> str:

@@ -38,6 +38,11 @@ def encode_token(name: str) -> str:
     return MARKER + "".join(chr(byte) if byte in _PLAIN_BYTES else f"_{byte:02x}" for byte in raw)
 
 
+def is_token(text: str) -> bool:
+    """Whether ``text`` may stand in a subject as one token: characters ``[A-Za-z0-9_-]``, at least one."""
+    return _SAFE.match(text) is not None
+
+
 def decode_token(token: str) -> str:
     """Returns the name that ``token`` stands for.
 

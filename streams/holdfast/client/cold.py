@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from holdfast.schemas.errors import HoldfastError, UnavailableError
+from holdfast.schemas.errors import HoldfastError, InvalidFieldError, UnavailableError
 from holdfast.schemas.refs import Digest
 from holdfast.streams.codec import unseal
-from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
+from holdfast.streams.retry import NOBODY_S, READ_DEADLINE_S, NoResponderError, call_with_retry
 from holdfast.streams.service import ErrorBody, ErrorReply
 from holdfast.streams.wire import H_CREATED, H_DIGEST, H_END, H_SERVICE_ERROR, service_subject
 
 if TYPE_CHECKING:
     from holdfast.schemas.rows import ContextRow
-    from holdfast.streams.connection import Connection
+    from holdfast.streams.connection import Connection, Msg
 
 _FETCH: Final = 1_000
 """Digests in one request."""
@@ -38,6 +39,8 @@ class FetchEnd(msgspec.Struct, frozen=True):
     sent: int
     failed: dict[Digest, ErrorBody] = {}
 
+
+_FOREIGN: Final = "does another service answer on this subject? see 'nats micro ls'"
 
 _ERROR: Final = msgspec.json.Decoder(ErrorReply)
 _END: Final = msgspec.json.Decoder(FetchEnd)
@@ -60,24 +63,31 @@ class ResolverClient:
         failed: dict[Digest, HoldfastError] = {}
         for start in range(0, len(digests), _FETCH):
             page = list(digests[start : start + _FETCH])
-            rows, errors = await call_with_retry(partial(self._fetch, page), deadline_s=READ_DEADLINE_S)
+            rows, errors = await call_with_retry(
+                partial(self._fetch, page), deadline_s=READ_DEADLINE_S, nobody_s=NOBODY_S
+            )
             found |= rows
             failed |= errors
         return found, failed
 
     async def call(self, endpoint: str, request: object) -> dict[str, Any]:
         """Calls an endpoint with a JSON request and returns its JSON answer; raises what the resolver refused with."""
-        return await call_with_retry(lambda: self._call(endpoint, request), deadline_s=READ_DEADLINE_S)
+        return await call_with_retry(
+            lambda: self._call(endpoint, request), deadline_s=READ_DEADLINE_S, nobody_s=NOBODY_S
+        )
 
     async def _call(self, endpoint: str, request: object) -> dict[str, Any]:
         subject = service_subject(self._namespace, endpoint)
         try:
             reply = await self._connection.lean.request(subject, msgspec.json.encode(request), timeout_s=_SILENCE_S)
-        except UnavailableError as error:
+        except NoResponderError as error:
             raise _no_resolver() from error
         if reply.headers and H_SERVICE_ERROR in reply.headers:
-            raise error_of(_ERROR.decode(reply.data).error)
-        return _OBJECT.decode(reply.data)
+            raise _refusal(reply)
+        try:
+            return _OBJECT.decode(reply.data)
+        except msgspec.DecodeError as error:
+            raise UnavailableError(f"the answer of {subject} is not a JSON object", hint=_FOREIGN) from error
 
     async def _fetch(self, page: list[Digest]) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
         found: dict[Digest, ContextRow] = {}
@@ -91,11 +101,11 @@ class ResolverClient:
                     raise UnavailableError("the resolver stopped answering", hint="see 'holdfast health'") from error
                 headers = message.headers or {}
                 if H_SERVICE_ERROR in headers:
-                    raise error_of(_ERROR.decode(message.data).error)
+                    raise _refusal(message)
                 if headers.get("Status") == "503" and not message.data:
                     raise _no_resolver()
                 if H_END in headers:
-                    end = _END.decode(message.data)
+                    end = _end(message)
                     if end.sent != len(found) + len(failed):
                         raise UnavailableError("the resolver's answer arrived in part")
                     return found, failed | {digest: error_of(body) for digest, body in end.failed.items()}
@@ -106,7 +116,7 @@ class ResolverClient:
                         digest,
                         headers,
                         message.data,
-                        stored_at_ms=int(headers.get(H_CREATED, "0")),
+                        stored_at_ms=_milliseconds(headers.get(H_CREATED, "")),
                     )
                 except HoldfastError as error:
                     failed[digest] = error
@@ -118,8 +128,29 @@ def error_of(body: ErrorBody) -> HoldfastError:
     return chosen(body.message, hint=body.hint, field=body.field, limit=body.limit)
 
 
+def _refusal(message: Msg) -> HoldfastError:
+    try:
+        return error_of(_ERROR.decode(message.data).error)
+    except msgspec.DecodeError:
+        description = (message.headers or {}).get(H_SERVICE_ERROR, "")
+        return UnavailableError(f"a service refused the call with code {description[:40]}", hint=_FOREIGN)
+
+
+def _end(message: Msg) -> FetchEnd:
+    try:
+        return _END.decode(message.data)
+    except msgspec.DecodeError as error:
+        raise UnavailableError("the end of the resolver's answer does not decode", hint=_FOREIGN) from error
+
+
+def _milliseconds(text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) <= 15:
+        return int(text)
+    raise InvalidFieldError(f"{text[:20]!r} is not a time in milliseconds", field=H_CREATED, hint=_FOREIGN)
+
+
 def _no_resolver() -> UnavailableError:
-    return UnavailableError(
+    return NoResponderError(
         "no resolver answers on this server",
         hint="start one with 'holdfast up' or 'holdfast worker resolver'",
     )

@@ -242,7 +242,8 @@ class Holdfast:
                 yield msgspec.convert(item, Event)
             if left is not None:
                 left -= len(answer["events"])
-            if not answer.get("cursor"):
+            # A page may be cut short by its size, so only an empty one is the end.
+            if not answer["events"]:
                 return
             request["cursor"] = answer["cursor"]
 

@@ -26,6 +26,7 @@ import msgspec
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import BINARY
 from holdfast.schemas.errors import DigestMismatchError, InvalidBodyError, InvalidFieldError, TooLargeError
+from holdfast.schemas.ids import MAX_MS
 from holdfast.schemas.names import check_kind
 from holdfast.schemas.refs import JSON, Digest, compute_digest, is_digest
 from holdfast.schemas.rows import ContextRow, Form
@@ -40,7 +41,6 @@ FORMAT_VERSION: Final = "1"
 CHUNK_KIND: Final = "chunk"
 _ZSTD: Final = "zstd"
 _LEVEL: Final = 3
-_MAX_EXPIRES_MS: Final = 253_402_300_799_999  # the last millisecond of the year 9999
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,7 +226,7 @@ def _decompressed(payload: bytes, encoding: str | None) -> bytes:
 def _expiry(text: str | None) -> int | None:
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) <= _MAX_EXPIRES_MS):
+    if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) <= MAX_MS):
         raise InvalidFieldError(f"expiry {text[:20]!r} is not milliseconds since 1970", field=H_EXPIRES)
     return int(text)
 

@@ -26,6 +26,7 @@ from holdfast.streams.publish import (
     Outgoing,
     PubAck,
     Refused,
+    check_payload,
     publish,
     publish_batch,
 )
@@ -93,7 +94,12 @@ class Committer:
         return (await self.store_many([message]))[0]
 
     async def store_many(self, messages: Sequence[Outgoing]) -> list[Settled]:
-        """Stores messages and returns their outcomes in order; raises the first error when all have ended."""
+        """Stores messages and returns their outcomes in order; raises the first error when all have ended.
+
+        Raises TooLargeError before anything is sent when a message is over what the server takes.
+        """
+        for message in messages:
+            check_payload(self._connection, message)
         futures: list[asyncio.Future[Settled]] = []
         for message in messages:
             while not self._room.is_set():
@@ -193,6 +199,12 @@ class Committer:
                 elif refusal.err_code != BATCH_DUPLICATE:
                     logger.debug("batch refused", extra={"action": "batch_refused", "err_code": refusal.err_code})
                 break  # singly, each tells its own outcome
+            except RetryError:
+                raise
+            except Exception:
+                # One member that cannot be sent at all must not fail the others.
+                logger.debug("batch not sent", exc_info=True, extra={"action": "batch_not_sent"})
+                break
             for write, seq in zip(pending, seqs, strict=True):
                 write.future.set_result(Settled(seq))
             return
@@ -217,6 +229,9 @@ class Committer:
                     retry = outcome
                 case HoldfastError():
                     write.future.set_exception(outcome)
+                case Exception():
+                    logger.error("a write failed", exc_info=outcome, extra={"action": "write_failed"})
+                    write.future.set_exception(UnavailableError(f"the write failed unexpectedly: {outcome!r}"))
                 case _:
                     raise outcome
         if refused and self._verifier is not None:

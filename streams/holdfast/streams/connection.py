@@ -7,17 +7,20 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from holdfast.schemas.errors import ConfigurationError, HoldfastError, UnavailableError
+from holdfast.schemas.errors import ConfigurationError, HoldfastError, UnavailableError, UnknownOutcomeError
 from holdfast.streams.connection_target import ConnectionTarget, mask_url
 from holdfast.streams.lean import Lean
-from holdfast.streams.retry import ATTEMPT_S
+from holdfast.streams.retry import ATTEMPT_S, NoResponderError
+from holdfast.streams.tolerant_client import TolerantClient
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class Connection:
         payload = b"" if request is None else msgspec.json.encode(request)
         try:
             message = await self.lean.request(f"$JS.API.{subject}", payload, timeout_s=timeout_s)
-        except UnavailableError as error:
+        except NoResponderError as error:
             raise UnavailableError(
                 "the NATS server does not answer JetStream calls",
                 hint="start it with JetStream (nats-server -js), or grant this user $JS.API",
@@ -100,12 +103,21 @@ async def open_connection(
         target = ConnectionTarget(url=target, origin="the address given")
     options = target.connect_options()
     connection: Connection | None = None
+    is_closing = False
 
     async def on_error(error: Exception) -> None:
-        logger.warning("nats error", extra={"action": "nats_error", "error": repr(error)})
+        # While connecting, the last error is raised, and says more.
+        level = logging.DEBUG if connection is None else logging.WARNING
+        logger.log(level, "nats error", extra={"action": "nats_error", "error": repr(error)})
 
     async def on_disconnected() -> None:
+        if connection is None or is_closing:
+            return
         logger.warning("connection to nats lost", extra={"action": "nats_disconnected"})
+        # No answer can come any more to what is under way: whoever waits shall not wait for a time-out.
+        connection.lean.fail_in_flight(
+            UnknownOutcomeError("the connection was lost before an answer came", hint="the same call may be sent again")
+        )
 
     async def on_reconnected() -> None:
         logger.info("connected to nats again", extra={"action": "nats_reconnected"})
@@ -116,7 +128,7 @@ async def open_connection(
 
     deadline = time.monotonic() + connect_s
     while True:
-        client = Client()
+        client = TolerantClient()
         try:
             await asyncio.wait_for(
                 client.connect(
@@ -125,8 +137,10 @@ async def open_connection(
                     disconnected_cb=on_disconnected,
                     reconnected_cb=on_reconnected,
                     # The first connection is ours to retry: nats-py would go on for ever, also over a refusal.
+                    # So each address has two attempts of nats-py's, then the error comes to us.
                     allow_reconnect=False,
-                    max_reconnect_attempts=-1,
+                    max_reconnect_attempts=1,
+                    reconnect_time_wait=_RETRY_S,  # type: ignore[arg-type]  # seconds for asyncio.sleep
                     ping_interval=_PING_S,
                     max_outstanding_pings=2,
                     pending_size=_PENDING_BYTES,
@@ -149,12 +163,13 @@ async def open_connection(
                 ) from error
             await asyncio.sleep(_RETRY_S)
     client.options["allow_reconnect"] = True
-    client.options["reconnect_time_wait"] = _RETRY_S
+    client.options["max_reconnect_attempts"] = -1
     try:
         async with Lean(client) as lean:
             connection = Connection(client, lean, target)
             yield connection
     finally:
+        is_closing = True
         if not client.is_closed:
             await _close(client)
 

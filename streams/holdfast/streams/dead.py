@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 _PAGE: Final = 1_000
 _REST: Final = "rest"
-_RESERVE_BYTES: Final = 10_000
-"""Room for the headers of a letter, whatever they were on the origin."""
 _HEADER_CHARS: Final = 1_000
 """Longest reason kept: headers count against the payload limit."""
 
@@ -58,16 +57,16 @@ async def bury(connection: Connection, stream: str, message: StoredMessage, erro
     """
     headers = {
         H_EXPECT_SUBJECT_SEQ: "0",
-        H_REASON: str(error)[:_HEADER_CHARS].encode("ascii", "backslashreplace").decode(),
+        H_REASON: _escaped(str(error)[:_HEADER_CHARS]),
         H_CODE: error.code,
-        H_ORIGIN_SUBJECT: message.subject.encode("ascii", "backslashreplace").decode(),
+        H_ORIGIN_SUBJECT: _escaped(message.subject),
         H_ORIGIN_TIME: str(message.stored_at_ms),
-        H_ORIGIN_HEADERS: msgspec.json.encode(_short(message.headers)).decode(),
+        H_ORIGIN_HEADERS: _headers_json(message.headers),
     }
     token = namespace_token(message.subject)
     subject = dead_subject(token, stream, message.epoch, message.seq)
     letter = Outgoing(subject, headers, message.payload)
-    if letter.size + _RESERVE_BYTES > connection.client.max_payload:
+    if letter.size > connection.client.max_payload:
         # A message at the server's limit leaves no room for the reason: its second half goes before it.
         half = len(message.payload) // 2
         await _create(connection, Outgoing(f"{subject}.{_REST}", {H_EXPECT_SUBJECT_SEQ: "0"}, message.payload[half:]))
@@ -109,35 +108,51 @@ async def read_dead_letters(connection: Connection, *, after_seq: int = 0) -> As
 def _letter(message: StoredMessage, rest: bytes) -> DeadLetter | None:
     # ctx.<ns>.dead.<stream>.<epoch>.<seq>: anybody may publish there, so what is no letter of ours is passed over.
     tokens = message.subject.split(".")
-    if len(tokens) != 6 or not tokens[5].isdigit():
+    seq = _number(tokens[5]) if len(tokens) == 6 else None
+    if seq is None:
         return None
     headers = message.headers
     try:
         origin_headers = msgspec.json.decode(headers.get(H_ORIGIN_HEADERS, "{}"), type=dict[str, str])
     except msgspec.DecodeError:
         origin_headers = {}
-    time_text = headers.get(H_ORIGIN_TIME, "")
     return DeadLetter(
         stream=tokens[3],
         epoch=tokens[4],
-        seq=int(tokens[5]),
-        subject=headers.get(H_ORIGIN_SUBJECT, ""),
+        seq=seq,
+        subject=_unescaped(headers.get(H_ORIGIN_SUBJECT, "")),
         code=headers.get(H_CODE, ""),
-        reason=headers.get(H_REASON, ""),
-        stored_at_ms=int(time_text) if time_text.isdigit() else 0,
+        reason=_unescaped(headers.get(H_REASON, "")),
+        stored_at_ms=_number(headers.get(H_ORIGIN_TIME, "")) or 0,
         died_at_ms=message.stored_at_ms,
         headers=origin_headers,
         payload=message.payload + rest,
     )
 
 
-def _short(headers: Mapping[str, str]) -> dict[str, str]:
-    """The origin's headers, cut so that the letter fits whatever they were."""
+def _headers_json(headers: Mapping[str, str]) -> str:
+    """The origin's headers as JSON in ASCII, as many as there is room for."""
     kept: dict[str, str] = {}
     room = 8 * _HEADER_CHARS
     for name, value in headers.items():
-        room -= len(name) + len(value)
+        room -= len(json.dumps(name)) + len(json.dumps(value)) + 4
         if room < 0:
             break
         kept[name] = value
-    return kept
+    return json.dumps(kept)
+
+
+def _escaped(text: str) -> str:
+    """Text that may stand in a header: anything but printable ASCII is written as an escape."""
+    return text.encode("unicode_escape").decode("ascii")
+
+
+def _unescaped(text: str) -> str:
+    try:
+        return text.encode("ascii").decode("unicode_escape")
+    except UnicodeError:
+        return text  # not written by us
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None

@@ -13,6 +13,7 @@ is interned under its exact JSON text.  Members that Holdfast does not know are 
 from __future__ import annotations
 
 import math
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,7 +22,7 @@ import msgspec
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import check_json
 from holdfast.schemas.errors import HoldfastError, InvalidBodyError, InvalidFieldError, TooLargeError
-from holdfast.schemas.ids import derived_event_id, normal_event_id
+from holdfast.schemas.ids import MAX_MS, derived_event_id, ms_from_utc, normal_event_id
 from holdfast.schemas.names import check_kind
 from holdfast.schemas.refs import Ref, compute_digest, format_ref, parse_ref
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Op, Row, Table
@@ -44,8 +45,8 @@ DEFAULT_EVENT_KIND: Final = "event"
 
 _MEMBERS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ANY: Final = msgspec.json.Decoder()
-_MAX_DEPTH: Final = 2**31 - 1
-_YEAR_9999_MS: Final = 253_402_300_799_999
+MAX_DEPTH: Final = 2**31 - 1
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[\x21-\x7e]{0,200})?\Z")
 _LARGEST_SECONDS: Final = 1e11
 """A numeric timestamp up to this (the year 5138) is in seconds, above it in milliseconds (from 1973 on)."""
 
@@ -158,7 +159,7 @@ def decode_event(message: StoredMessage) -> DecodedEvent:
         context_ref=context_ref,
         data=members.raw("data"),
         source_id=members.text("source_id") or source_id,
-        traceparent=message.headers.get(H_TRACEPARENT),
+        traceparent=_traceparent(message.headers.get(H_TRACEPARENT)),
         extra=members.rest(),
     )
     return DecodedEvent(row, inline)
@@ -252,9 +253,9 @@ class _Members:
         value = self.value(field)
         if value is None:
             return default
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_DEPTH:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_DEPTH:
             return value
-        raise InvalidFieldError(f"{field} is not a whole number from 0 to {_MAX_DEPTH}", field=field, limit=_MAX_DEPTH)
+        raise InvalidFieldError(f"{field} is not a whole number from 0 to {MAX_DEPTH}", field=field, limit=MAX_DEPTH)
 
     def rest(self) -> bytes | None:
         return msgspec.json.encode(self._members) if self._members else None
@@ -271,6 +272,16 @@ def _identity(namespace: str, members: _Members, message: StoredMessage) -> tupl
     if given is None:
         return derived_event_id(namespace, "position", message.epoch, str(message.seq)), None
     return normal_event_id(namespace, given)
+
+
+def _traceparent(given: str | None) -> str | None:
+    # W3C Trace Context: one that does not parse is ignored, as if it had not been sent.
+    return given if given is not None and is_traceparent(given) else None
+
+
+def is_traceparent(text: str) -> bool:
+    """Whether ``text`` has the form of a W3C ``traceparent``, of this or of a later version."""
+    return _TRACEPARENT.match(text) is not None
 
 
 def _lineage_id(namespace: str, given: str | None) -> str | None:
@@ -305,13 +316,12 @@ def _timestamp(value: Any, event_id: str, stored_at_ms: int) -> int:
             moment = datetime.fromisoformat(value)
         except ValueError as error:
             raise _bad_timestamp(value) from error
-        aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        result = math.floor(aware.timestamp() * 1000 + 1e-3)
+        result = ms_from_utc(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         result = math.floor(value * 1000 if abs(value) <= _LARGEST_SECONDS else value)
     else:
         raise _bad_timestamp(value)
-    if not 0 <= result <= _YEAR_9999_MS:
+    if not 0 <= result <= MAX_MS:
         raise _bad_timestamp(value)
     return result
 
@@ -337,6 +347,7 @@ __all__ = [
     "decode_event",
     "decode_key_version",
     "decode_row",
+    "is_traceparent",
     "namespace_of",
     "timestamps_agree",
 ]

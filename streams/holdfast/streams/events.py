@@ -10,10 +10,10 @@ import msgspec
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import check_nesting, encode_json
 from holdfast.schemas.errors import InvalidFieldError, TooLargeError
-from holdfast.schemas.ids import iso_from_ms, new_event_id, now_ms
-from holdfast.schemas.refs import Ref
+from holdfast.schemas.ids import MAX_MS, iso_from_ms, new_event_id, normal_event_id, now_ms
+from holdfast.schemas.refs import Ref, parse_ref
 from holdfast.streams.committer import Committer, Settled
-from holdfast.streams.decode import EventBody, timestamps_agree
+from holdfast.streams.decode import MAX_DEPTH, EventBody, is_traceparent, timestamps_agree
 from holdfast.streams.publish import Outgoing
 from holdfast.streams.wire import H_MSG_ID, H_TRACEPARENT, event_subject
 
@@ -68,6 +68,20 @@ def encode_event(event: NewEvent) -> Outgoing:
             raise InvalidFieldError(
                 f"{field} is not text of 1 to {limits.ID_CHARS} characters", field=field, limit=limits.ID_CHARS
             )
+    for field in ("id", "parent_event_id", "root_event_id"):
+        _check_event_id(getattr(event, field), field, is_optional=field != "id")
+    if event.context_ref is not None:
+        parse_ref(event.context_ref)
+    if not 0 <= event.timestamp_ms <= MAX_MS:
+        raise InvalidFieldError("timestamp is not from 1970 to 9999", field="timestamp", limit=MAX_MS)
+    if not 0 <= event.event_depth <= MAX_DEPTH:
+        raise InvalidFieldError(
+            f"event_depth is not a whole number from 0 to {MAX_DEPTH}", field="event_depth", limit=MAX_DEPTH
+        )
+    if event.traceparent is not None and not is_traceparent(event.traceparent):
+        raise InvalidFieldError(
+            f"traceparent {event.traceparent[:60]!r} is not of the W3C form", field="traceparent", hint="leave it out"
+        )
     data = None
     if event.data is not None:
         if isinstance(event.data, bytes | bytearray | memoryview):
@@ -101,3 +115,13 @@ def encode_event(event: NewEvent) -> Outgoing:
     if event.traceparent is not None:
         headers[H_TRACEPARENT] = event.traceparent
     return Outgoing(event_subject(event.namespace, event.agent_id, event.name), headers, payload)
+
+
+def _check_event_id(value: object, field: str, *, is_optional: bool) -> None:
+    if value is None and is_optional:
+        return
+    # A reader turns anything else into another id: what was sent would not be found again under it.
+    if not (isinstance(value, str) and normal_event_id("", value)[1] is None):
+        raise InvalidFieldError(
+            f"{field} {repr(value)[:60]} is not a UUID in canonical form", field=field, hint="use normal_event_id"
+        )

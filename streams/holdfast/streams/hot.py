@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from holdfast.schemas import limits
-from holdfast.schemas.errors import ConflictError, HoldfastError, IntegrityError, UnavailableError
+from holdfast.schemas.errors import ConflictError, HoldfastError, IntegrityError, RetryError, UnavailableError
 from holdfast.schemas.refs import JSON, Digest, Ref, format_ref
 from holdfast.streams.codec import StoredForm, decode_manifest, join, seal, unseal
 from holdfast.streams.committer import Committer, Settled
 from holdfast.streams.connection import ApiError, Connection, Msg
+from holdfast.streams.messages import parse_time_ms
 from holdfast.streams.publish import Outgoing
 from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, call_with_retry
 from holdfast.streams.wire import (
@@ -39,7 +39,6 @@ _MULTI_GET: Final = 1000
 """Subjects in one batched direct get; the server answers 1,024 at most."""
 
 _NO_MESSAGE: Final = 10037
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class NewContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,8 +79,7 @@ class HotTier:
         """
         puts: list[Put] = []
         # Bounded look-ahead: sealing everything first would hold every compressed body at once.
-        for start in range(0, len(contexts), 2 * limits.BATCH_MESSAGES):
-            window = contexts[start : start + 2 * limits.BATCH_MESSAGES]
+        for window in _windows(contexts):
             sealed = [await self._seal(context) for context in window]
             chunks = [
                 _outgoing(context.namespace, form)
@@ -152,13 +150,13 @@ class HotTier:
     async def _get_stored(self, namespace: str, digest: str) -> ContextRow | None:
         subject = hot_subject(namespace, digest)
         message = await self._connection.lean.request(f"$JS.API.DIRECT.GET.{HOT_STREAM}.{subject}")
-        status = _header(message, H_STATUS)
+        status = _status(message)
         if status == "404":
             if self._replicas > 1 and await self._at_leader(subject):
                 raise UnavailableError("a replica has not caught up yet")
             return None
-        if status:
-            raise UnavailableError(f"the hot tier answered {status}")
+        if status is not None:
+            raise UnavailableError(f"the hot tier answered {status!r}")
         return _row(namespace, digest, message)
 
     async def _at_leader(self, subject: str) -> bool:
@@ -179,17 +177,18 @@ class HotTier:
                     message = await asyncio.wait_for(queue.get(), ATTEMPT_S)
                 except TimeoutError as error:
                     raise UnavailableError("the hot tier stopped answering a batched get") from error
-                status = _header(message, H_STATUS)
-                if not status:
+                status = _status(message)
+                if status is None:
                     messages.append(message)
                 elif status in ("204", "404"):
                     return messages
                 else:
-                    raise UnavailableError(f"the hot tier answered a batched get with {status}")
+                    raise UnavailableError(f"the hot tier answered a batched get with {status!r}")
 
     async def _verify(self, messages: Sequence[Outgoing]) -> dict[str, Settled | HoldfastError]:
         """Tells of subjects that are taken whether they hold what was to be stored (equal digest, intact)."""
         outcomes: dict[str, Settled | HoldfastError] = {}
+        intended = {message.subject: message.payload for message in messages}
         for start in range(0, len(messages), _MULTI_GET):
             subjects = [message.subject for message in messages[start : start + _MULTI_GET]]
             for message in await self._multi_last(subjects):
@@ -197,13 +196,36 @@ class HotTier:
                 namespace, digest = parse_hot_subject(subject)
                 try:
                     row = _row(namespace, digest, message)
+                    if row.form == "manifest" and row.body != intended[subject]:
+                        await self._check_foreign_manifest(row)
                     outcomes[subject] = Settled(row.seq, existed=True)
+                except RetryError:
+                    raise
                 except HoldfastError as error:
                     outcomes[subject] = ConflictError(
                         f"something else is stored under {subject}: {error.message}",
                         hint="a foreign or damaged message holds this key; see 'holdfast verify'",
                     )
         return outcomes
+
+    async def _check_foreign_manifest(self, row: ContextRow) -> None:
+        """Raises unless the chunks of a manifest that this release would not have written make the body it names."""
+        if await self.join_chunks(row) is None:
+            raise IntegrityError(f"the manifest of {row.ref} names chunks that the hot tier does not hold")
+
+
+def _windows(contexts: Sequence[NewContext]) -> Iterator[list[NewContext]]:
+    """Runs of contexts, two full batches long by number or by bytes: one being stored while the next is sealed."""
+    window: list[NewContext] = []
+    size = 0
+    for context in contexts:
+        window.append(context)
+        size += len(context.body)
+        if len(window) >= 2 * limits.BATCH_MESSAGES or size >= 2 * limits.BATCH_BYTES:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
 
 
 def _sealed(context: NewContext) -> list[StoredForm]:
@@ -231,14 +253,10 @@ def _row(namespace: str, digest: str, message: Msg) -> ContextRow:
     )
 
 
+def _status(message: Msg) -> str | None:
+    """The status of a direct get's answer, or None when it is a message: that may carry a header Status of its own."""
+    return None if _header(message, H_SUBJECT) else _header(message, H_STATUS)
+
+
 def _header(message: Msg, name: str) -> str:
     return (message.headers or {}).get(name, "")
-
-
-def parse_time_ms(text: str) -> int:
-    """Returns milliseconds since 1970 of the server's RFC 3339 time; raises IntegrityError when it is none."""
-    try:
-        # Floored, as everywhere: a row is the same whichever way it was read.
-        return (datetime.fromisoformat(text) - _EPOCH) // timedelta(milliseconds=1)
-    except ValueError as error:
-        raise IntegrityError(f"the server gave {text[:40]!r} as a time") from error

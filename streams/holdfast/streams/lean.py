@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
 
-from holdfast.schemas.errors import UnavailableError, UnknownOutcomeError
-from holdfast.streams.retry import ATTEMPT_S
+from holdfast.schemas.errors import HoldfastError, UnavailableError, UnknownOutcomeError
+from holdfast.streams.retry import ATTEMPT_S, NoResponderError
 from holdfast.streams.wire import H_STATUS
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SWEEP_S: Final = 0.05
-"""How late a deadline may be noticed."""
+_SWEEP_S: Final = 0.1
+"""How late a deadline may be noticed.  Each sweep looks at every request in flight: some thousand, 0.1 µs each."""
 
 _NO_RESPONDERS: Final = "503"
 
@@ -45,9 +44,9 @@ class Lean:
         self._prefix = f"{self._inbox}."
         self._skip = len(self._prefix)
         self._next_token = 0
-        self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self._waiting: dict[str, tuple[asyncio.Future[Msg], float]] = {}
+        self._batches: set[str] = set()
         self._streams: dict[str, asyncio.Queue[Msg]] = {}
-        self._deadlines: deque[tuple[float, str]] = deque()
         self._sweeper: asyncio.Task[None] | None = None
         self._subscription: Any = None
 
@@ -68,13 +67,18 @@ class Lean:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
-        waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            if not future.done():
-                future.set_exception(UnavailableError("the connection is closing"))
-                future.exception()  # the waiter may be gone: mark as retrieved
+        self.fail_in_flight(UnavailableError("the connection is closing"))
         if not self._client.is_closed:
             await self._subscription.unsubscribe()
+
+    def fail_in_flight(self, error: HoldfastError) -> None:
+        """Ends every request under way with ``error``; an answer that still comes is dropped."""
+        waiting, self._waiting = self._waiting, {}
+        self._batches.clear()
+        for future, _ in waiting.values():
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # the waiter may be gone: mark as retrieved
 
     async def send(
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None, *, timeout_s: float = ATTEMPT_S
@@ -82,14 +86,14 @@ class Lean:
         """Publishes a request and returns the future of its reply.
 
         The future ends with the reply whatever it says, or with UnknownOutcomeError after ``timeout_s`` (ATTEMPT_S by
-        default), or with UnavailableError when nobody listens on ``subject``.
+        default), or with NoResponderError when nobody listens on ``subject``.
         """
         token = self.new_token()
         future = self.expect(token, timeout_s=timeout_s)
         try:
             await self.publish(subject, payload, headers, reply_token=token)
         except BaseException:
-            self._waiting.pop(token, None)
+            self._take(token)
             raise
         return future
 
@@ -104,19 +108,16 @@ class Lean:
         self._next_token += 1
         return str(self._next_token)
 
-    def expect(self, token: str, *, timeout_s: float) -> asyncio.Future[Msg]:
-        """Returns the future of the next non-empty reply to ``token``; see :meth:`send` for how it ends."""
+    def expect(self, token: str, *, timeout_s: float, is_batch: bool = False) -> asyncio.Future[Msg]:
+        """Returns the future of the reply to ``token``; see :meth:`send` for how it ends.
+
+        ``is_batch``: an empty reply only says that an atomic batch was begun, and is passed over.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Msg] = loop.create_future()
-        self._waiting[token] = future
-        deadline = loop.time() + timeout_s
-        # Nearly all waits share one time-out, so appending keeps the queue sorted; a shorter one is inserted.
-        if self._deadlines and deadline < self._deadlines[-1][0]:
-            entries = [*self._deadlines, (deadline, token)]
-            entries.sort()
-            self._deadlines = deque(entries)
-        else:
-            self._deadlines.append((deadline, token))
+        self._waiting[token] = (future, loop.time() + timeout_s)
+        if is_batch:
+            self._batches.add(token)
         return future
 
     async def publish(
@@ -126,9 +127,11 @@ class Lean:
         headers: dict[str, str] | None = None,
         *,
         reply_token: str | None = None,
+        reply: str = "",
     ) -> None:
         """Hands a message to the connection; with ``reply_token`` answers come back under that token."""
-        reply = f"{self._prefix}{reply_token}" if reply_token else ""
+        if reply_token:
+            reply = f"{self._prefix}{reply_token}"
         try:
             await self._client.publish(subject, payload, reply=reply, headers=headers)
         except (nats.errors.Error, OSError) as error:
@@ -150,43 +153,39 @@ class Lean:
         finally:
             del self._streams[token]
 
-    def open_queue(self) -> tuple[str, asyncio.Queue[Msg]]:
-        """Returns a reply subject and the queue of what arrives on it, until :meth:`close_queue`."""
-        token = self.new_token()
-        queue: asyncio.Queue[Msg] = asyncio.Queue()  # bounded by what its owner asks for
-        self._streams[token] = queue
-        return f"{self._prefix}{token}", queue
-
-    def close_queue(self, reply: str) -> None:
-        """Drops a queue of :meth:`open_queue` and what is still in it."""
-        self._streams.pop(reply[self._skip :], None)
-
     async def _on_reply(self, message: Msg) -> None:
+        if not message.subject.startswith(self._prefix):
+            return  # nothing that was asked for here
         token = message.subject[self._skip :]
-        future = self._waiting.get(token)
-        if future is None:
+        if token not in self._waiting:
             queue = self._streams.get(token)
             if queue is not None:
                 queue.put_nowait(message)
             return
-        if not message.data and not message.headers:
+        if token in self._batches and not message.data and not message.headers:
             return  # the server's word that an atomic batch was begun; its outcome comes later
-        del self._waiting[token]
-        if future.done():
+        future = self._take(token)
+        if future is None or future.done():
             return
         if message.headers is not None and message.headers.get(H_STATUS) == _NO_RESPONDERS and not message.data:
-            future.set_exception(UnavailableError("nobody answers this subject", field="subject"))
+            future.set_exception(NoResponderError("nobody answers this subject", field="subject"))
         else:
             future.set_result(message)
+
+    def _take(self, token: str) -> asyncio.Future[Msg] | None:
+        self._batches.discard(token)
+        entry = self._waiting.pop(token, None)
+        return None if entry is None else entry[0]
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = loop.time()
-            while self._deadlines and self._deadlines[0][0] <= now:
-                _, token = self._deadlines.popleft()
-                future = self._waiting.pop(token, None)
+            # A waiter that was cancelled has left its entry behind: it goes here too.
+            over = [token for token, (future, until) in self._waiting.items() if until <= now or future.done()]
+            for token in over:
+                future = self._take(token)
                 if future is not None and not future.done():
                     future.set_exception(
                         UnknownOutcomeError("no answer came in time", hint="the same call may be sent again")

@@ -21,7 +21,11 @@ SUBJECT_FULL: Final = 10077
 """Maximum bytes or messages reached; with discard-new-per-subject also an occupied subject."""
 BATCH_DUPLICATE: Final = 10201
 """A member of an atomic batch carries a message id that was seen before."""
+_BATCH_HEADERS_BYTES: Final = 150
 _RETRYABLE: Final = frozenset({WRONG_LAST_SEQUENCE_UNKNOWN, 10167, 10008, 10076, 10174, 10199, 10210, 10211})
+
+
+_HEADER_FRAME_BYTES: Final = len("NATS/1.0\r\n\r\n")
 
 
 class Outgoing(msgspec.Struct, frozen=True):
@@ -33,7 +37,11 @@ class Outgoing(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        return len(self.payload) + len(self.subject) + 64 * len(self.headers)
+        """Bytes on the wire, closely; headers are ASCII and count against the server's ``max_payload``."""
+        size = len(self.payload) + len(self.subject) + _HEADER_FRAME_BYTES
+        for name, value in self.headers.items():
+            size += len(name) + len(value) + 4
+        return size
 
 
 class Refused(Exception):  # noqa: N818  an outcome that the caller handles, not an error for users
@@ -81,14 +89,14 @@ async def publish_batch(
     lean = connection.lean
     token = lean.new_token()
     batch_id = f"{lean.inbox_id}-{token}"
-    outcome = lean.expect(token, timeout_s=timeout_s)
+    outcome = lean.expect(token, timeout_s=timeout_s, is_batch=True)
     last = len(messages)
     try:
         for number, message in enumerate(messages, start=1):
-            check_payload(connection, message)
             headers = {**message.headers, H_BATCH_ID: batch_id, H_BATCH_SEQUENCE: str(number)}
             if number == last:
                 headers[H_BATCH_COMMIT] = "1"
+            check_payload(connection, message, room=_BATCH_HEADERS_BYTES)
             # The first and the last ask for an answer: a refused beginning is known at once, not after a time-out.
             wants_reply = number in (1, last)
             await lean.publish(message.subject, message.payload, headers, reply_token=token if wants_reply else None)
@@ -101,10 +109,13 @@ async def publish_batch(
     return list(range(ack.seq - last + 1, ack.seq + 1))
 
 
-def check_payload(connection: Connection, message: Outgoing) -> None:
-    """Raises TooLargeError when a message is over what the server takes."""
+def check_payload(connection: Connection, message: Outgoing, *, room: int = 0) -> None:
+    """Raises TooLargeError when a message, with ``room`` bytes more, is over what the server takes.
+
+    The server answers such a message by closing the connection.
+    """
     limit = connection.client.max_payload
-    if message.size > limit:
+    if message.size + room > limit:
         raise TooLargeError(
             f"message of about {message.size} bytes is over the server's max_payload of {limit}",
             field="payload",

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from holdfast.schemas import limits
 from holdfast.schemas.errors import GapError, UnavailableError
 from holdfast.streams.connection import ApiError, Connection, Msg
-from holdfast.streams.messages import StoredMessage
+from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery, parse_time_ms
 from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import StreamInfo, stream_info
-from holdfast.streams.wire import H_STATUS
+from holdfast.streams.wire import H_SEQUENCE, H_STATUS, H_SUBJECT, H_TIME
+
+if TYPE_CHECKING:
+    from nats.aio.subscription import Subscription
 
 PULL_BYTES: Final = 8 * limits.MIB
 """Most bytes asked for at once: bounds what waits in the queue."""
@@ -27,6 +30,7 @@ PULL_MESSAGES: Final = 5_000
 _SILENCE_S: Final = 5.0
 _INACTIVE_NS: Final = 60 * 1_000_000_000
 _CONSUMER_GONE: Final = 10014
+_NO_MESSAGE: Final = 10037
 _MAX_BYTES_DEFAULT: Final = 64 * limits.MIB
 
 
@@ -43,9 +47,11 @@ class StreamReader:
         self.next_seq = next_seq
         self._allow_gaps = allow_gaps
         self._consumer: str | None = None
-        self._reply = ""
-        self._queue: asyncio.Queue[Msg] = asyncio.Queue()
         self._epoch: str = ""
+        self._queue: asyncio.Queue[Msg] = asyncio.Queue()  # bounded by what a pull asks for
+        self._inbox = ""
+        self._subscription: Subscription | None = None
+        self._pulls = 0
 
     async def read(
         self, *, limit: int, up_to: int | None = None, max_bytes: int = _MAX_BYTES_DEFAULT
@@ -54,38 +60,56 @@ class StreamReader:
 
         Ends at ``limit`` messages, at ``max_bytes``, or at the stream's last sequence of that time (at ``up_to`` when
         that is earlier), whichever comes first; ``next_seq`` then is the sequence after the last one returned.  Never
-        waits for new messages.  Raises GapError when messages are missing that this reader has not been told of:
-        ``next_seq`` below the stream's first sequence counts as one.
+        waits for new messages.  Raises GapError when messages are missing that this reader has not been told of, once
+        everything before them has been returned: ``next_seq`` below the stream's first sequence counts as one.  After
+        any error, and after a cancel, the next read begins where this one began.
         """
+        began = self.next_seq
+        try:
+            return await self._read(limit, up_to, max_bytes)
+        except BaseException:
+            # What had arrived is lost with this call: the consumer stands behind it and is of no use any more.
+            self.next_seq = began
+            self._consumer = None
+            raise
+
+    async def _read(self, limit: int, up_to: int | None, max_bytes: int) -> tuple[list[StoredMessage], StreamInfo]:
         info = await stream_info(self._connection, self._stream)
         if self._epoch and info.epoch != self._epoch:
             raise GapError(f"stream {self._stream} was created anew while it was being read")
         self._epoch = info.epoch
         last = info.last_seq if up_to is None else min(up_to, info.last_seq)
-        if info.messages and self.next_seq < info.first_seq:
+        if self.next_seq < info.first_seq and self.next_seq <= info.last_seq:
             if not self._allow_gaps:
                 raise _gap(self._stream, self.next_seq, info.first_seq)
             self.next_seq = info.first_seq
         messages: list[StoredMessage] = []
         size = 0
-        while self.next_seq <= last and len(messages) < limit and size < max_bytes and info.messages:
+        while self.next_seq <= last and len(messages) < limit and size < max_bytes:
             batch = await call_with_retry(
                 partial(self._pull, min(limit - len(messages), last - self.next_seq + 1)), deadline_s=READ_DEADLINE_S
             )
             if not batch:
                 # Nothing from here to the end: the tail was purged (only an allowed gap can be one).
-                if not self._allow_gaps:
-                    raise _gap(self._stream, self.next_seq, last + 1)
-                self.next_seq = last + 1
+                found = await self._first_from(self.next_seq)
+                if found == self.next_seq:
+                    await self._drop_consumer()
+                    raise UnavailableError(f"stream {self._stream} does not deliver sequence {found}")
+                if self._allow_gaps:
+                    self.next_seq = last + 1
+                elif not messages:
+                    raise _gap(self._stream, self.next_seq, found or last + 1)
                 break
             for message in batch:
+                if message.seq != self.next_seq and not self._allow_gaps:
+                    await self._drop_consumer()
+                    if messages:
+                        return messages, info  # what stands before the gap; the next read meets the gap itself
+                    raise _gap(self._stream, self.next_seq, message.seq)
                 if message.seq > last:
                     await self._drop_consumer()
                     self.next_seq = last + 1
                     break
-                if message.seq != self.next_seq and not self._allow_gaps:
-                    await self._drop_consumer()
-                    raise _gap(self._stream, self.next_seq, message.seq)
                 self.next_seq = message.seq + 1
                 size += len(message.payload)
                 messages.append(message)
@@ -93,47 +117,77 @@ class StreamReader:
 
     async def close(self) -> None:
         """Deletes the consumer on the server; it would go by itself after a minute."""
-        await self._drop_consumer()
+        subscription, self._subscription = self._subscription, None
+        if self._connection.client.is_connected:
+            if subscription is not None:
+                await subscription.unsubscribe()
+            await self._drop_consumer()
+
+    async def _first_from(self, seq: int) -> int | None:
+        """The sequence of the first message at or after ``seq``, or None when there is none."""
+        try:
+            answer = await self._connection.api(f"STREAM.MSG.GET.{self._stream}", {"seq": seq, "next_by_subj": ">"})
+        except ApiError as error:
+            if error.err_code != _NO_MESSAGE:
+                raise
+            return None
+        return int(answer["message"]["seq"])
 
     async def _pull(self, count: int) -> list[StoredMessage]:
         """Asks once; returns what came, in order, possibly nothing when the consumer is at its end."""
         if self._consumer is None:
             await self._create_consumer()
         batch = min(count, PULL_MESSAGES)
-        request = {"batch": batch, "no_wait": True, "max_bytes": PULL_BYTES}
-        payload = msgspec.json.encode(request)
-        await self._connection.client.publish(
-            f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}", payload, reply=self._reply
-        )
-        messages: list[StoredMessage] = []
-        while len(messages) < batch:
-            try:
-                message = await asyncio.wait_for(self._queue.get(), _SILENCE_S)
-            except TimeoutError as error:
-                self._forget_consumer()
-                raise UnavailableError(f"stream {self._stream} stopped delivering") from error
-            status = message.headers.get(H_STATUS) if message.headers else None
-            if status and not message.data:
-                if status in ("404", "408"):
-                    break
-                if status == "409":  # max_bytes reached, or the consumer is gone: what came counts
-                    if not messages:
-                        await self._drop_consumer()
-                        raise UnavailableError(f"stream {self._stream} refused a pull: 409")
-                    break
-                self._forget_consumer()
-                raise UnavailableError(f"stream {self._stream} refused a pull: {status}")
-            messages.append(self._message(message))
+        # One message of the largest size must fit, or it would be refused for ever.
+        max_bytes = max(PULL_BYTES, 2 * self._connection.client.max_payload)
+        request = msgspec.json.encode({"batch": batch, "no_wait": True, "max_bytes": max_bytes})
+        # Messages arrive under their own subject, so they cannot share the inbox of requests.  The closing word of a
+        # pull does arrive under the reply's: a number of its own keeps it from ending the next.
+        self._pulls += 1
+        reply = f"{self._inbox}.{self._pulls}"
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}"
+        await self._connection.lean.publish(subject, request, reply=reply)
+        messages = await self._collect(reply, batch)
         if messages and messages[0].seq < self.next_seq:
             # An answer to a request from before a reconnect: the position is ours, so begin again from there.
             await self._drop_consumer()
             raise UnavailableError(f"stream {self._stream} delivered an older message again")
         return messages
 
+    async def _collect(self, reply: str, batch: int) -> list[StoredMessage]:
+        messages: list[StoredMessage] = []
+        while len(messages) < batch:
+            try:
+                message = await asyncio.wait_for(self._queue.get(), _SILENCE_S)
+            except TimeoutError as error:
+                self._consumer = None
+                raise UnavailableError(f"stream {self._stream} stopped delivering") from error
+            if is_delivery(message.reply):
+                # A consumer that was given up may still deliver what it was asked for.
+                if f".{self._consumer}." in message.reply:
+                    messages.append(self._message(message))
+                continue
+            status = message.headers.get(H_STATUS) if message.headers else None
+            if message.subject != reply:
+                continue
+            if status in ("404", "408") or (status == "409" and messages):
+                break  # the end of the stream, or of the bytes asked for: what came counts
+            self._consumer = None
+            raise UnavailableError(f"stream {self._stream} refused a pull with {status}")
+        return messages
+
+    async def _receive(self, message: Msg) -> None:
+        self._queue.put_nowait(message)
+
     async def _create_consumer(self) -> None:
-        self._forget_consumer()
-        self._reply, self._queue = self._connection.lean.open_queue()
-        name = f"hf-{self._connection.lean.inbox_id}-{self._reply.rpartition('.')[2]}"
+        if self._subscription is None:
+            self._inbox = self._connection.client.new_inbox()
+            self._subscription = await self._connection.client.subscribe(
+                f"{self._inbox}.*", cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0
+            )
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        name = f"hf-{self._connection.lean.inbox_id}-{self._connection.lean.new_token()}"
         config = {
             "name": name,
             "deliver_policy": "by_start_sequence",
@@ -151,8 +205,7 @@ class StreamReader:
         self._consumer = name
 
     async def _drop_consumer(self) -> None:
-        name = self._consumer
-        self._forget_consumer()
+        name, self._consumer = self._consumer, None
         if name is None:
             return
         try:
@@ -161,24 +214,29 @@ class StreamReader:
             if error.err_code != _CONSUMER_GONE:
                 raise
 
-    def _forget_consumer(self) -> None:
-        self._consumer = None
-        if self._reply:
-            self._connection.lean.close_queue(self._reply)
-            self._reply = ""
-
     def _message(self, message: Msg) -> StoredMessage:
-        # $JS.ACK[.<domain>.<account>].<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>
-        tokens = message.reply.split(".")
-        tail = tokens[-5:] if len(tokens) == 9 else tokens[-6:-1]
-        return StoredMessage(
-            subject=message.subject,
-            headers=message.headers or {},
-            payload=message.data,
-            seq=int(tail[1]),
-            stored_at_ms=int(tail[3]) // 1_000_000,
-            epoch=self._epoch,
-        )
+        return message_of_delivery(message.subject, message.headers, message.data, message.reply, self._epoch)[0]
+
+
+async def read_one(connection: Connection, info: StreamInfo, seq: int) -> StoredMessage | None:
+    """Returns the message at one sequence of a stream, or None when it holds none there."""
+    request = msgspec.json.encode({"seq": seq})
+    message = await connection.lean.request(f"$JS.API.DIRECT.GET.{info.name}", request)
+    headers = message.headers or {}
+    # A message has a sequence; it may have a header Status too, from whoever published it.
+    if H_SEQUENCE not in headers:
+        status = headers.get(H_STATUS, "")
+        if status == "404":
+            return None
+        raise UnavailableError(f"stream {info.name} answered {status} to a look-up by sequence")
+    return StoredMessage(
+        subject=headers[H_SUBJECT],
+        headers=headers,
+        payload=message.data,
+        seq=int(headers[H_SEQUENCE]),
+        stored_at_ms=parse_time_ms(headers[H_TIME]),
+        epoch=info.epoch,
+    )
 
 
 def _gap(stream: str, expected: int, found: int) -> GapError:

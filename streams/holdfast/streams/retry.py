@@ -6,12 +6,18 @@ Redelivery of messages is the queue's business and is never combined with these.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    wait_random_exponential,
+)
 
-from holdfast.schemas.errors import RetryError
+from holdfast.schemas.errors import RetryError, UnavailableError
 
 T = TypeVar("T")
 
@@ -25,17 +31,40 @@ READ_DEADLINE_S: Final = 15.0
 ATTEMPT_S: Final = 5.0
 """How long one attempt waits for its answer."""
 
+NOBODY_S: Final = 1.5
+"""How long a service that nobody runs is waited for: a restart takes about a second, and a user who forgot to start it
+should read so soon."""
 
-async def call_with_retry(call: Callable[[], Awaitable[T]], *, deadline_s: float) -> T:
+
+class NoResponderError(UnavailableError):
+    """Nobody listens on the subject of a request."""
+
+
+async def call_with_retry(call: Callable[[], Awaitable[T]], *, deadline_s: float, nobody_s: float | None = None) -> T:
     """Awaits ``call()``; on a RetryError tries again with jittered backoff until ``deadline_s`` seconds have gone by,
-    then raises the last error.  ``call`` must be idempotent."""
+    then raises the last error.  ``call`` must be idempotent.
+
+    ``nobody_s`` is a shorter deadline for NoResponderError, which comes at once: for a service it means that none
+    runs; of a stream it may only mean that it has no leader just now.
+    """
+    loop = asyncio.get_running_loop()
+    started = loop.time()
     try:
         return await call()
     except RetryError:
+
+        def left_s(state: RetryCallState) -> float:
+            error = None if state.outcome is None else state.outcome.exception()
+            is_nobody = nobody_s is not None and isinstance(error, NoResponderError)
+            limit_s = nobody_s if is_nobody and nobody_s is not None else deadline_s
+            return started + limit_s - loop.time()
+
+        backoff = wait_random_exponential(multiplier=0.05, max=2.0)
         policy = AsyncRetrying(
             retry=retry_if_exception_type(RetryError),
-            stop=stop_after_delay(deadline_s),
-            wait=wait_random_exponential(multiplier=0.05, max=2.0),
+            stop=lambda state: left_s(state) <= 0,
+            # The last attempt is made at the deadline, not at some time after it.
+            wait=lambda state: max(0.0, min(backoff(state), left_s(state))),
             reraise=True,
         )
         return await policy(call)

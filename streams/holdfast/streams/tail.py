@@ -136,6 +136,8 @@ class StreamTail:
 
     def read(self, table: Table, after: Position | None) -> TailSnapshot:
         """Returns the rows of a table's stream after a position; see :class:`ResidentTail`."""
+        if self._closed:
+            raise UnavailableError("the live tail is closed", hint="open another one")
         return self._call(self._tails[table].read(after))
 
     def close(self) -> None:

@@ -13,15 +13,19 @@ from typing import Any, Final
 
 import msgspec
 
-from holdfast.schemas.errors import DriftError, GapError
+from holdfast.schemas.errors import DriftError, GapError, UnavailableError
+from holdfast.schemas.ids import iso_from_ms
 from holdfast.streams.connection import ApiError, Connection
-from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
+from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, H_SEQUENCE, H_STATUS, HOT_STREAM, KEYS_STREAM
 
 logger = logging.getLogger(__name__)
 
 EPOCH_KEY: Final = "holdfast.epoch"
 VERSION_KEY: Final = "holdfast.version"
 LAYOUT_VERSION: Final = "1"
+
+PURGE_S: Final = 60.0
+"""How long a purge may take: 190,000 messages take 85 ms on an idle disk."""
 
 _STREAM_NOT_FOUND: Final = 10059
 _NAME_IN_USE: Final = 10058
@@ -165,6 +169,26 @@ def compare(declared: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[
     if version != LAYOUT_VERSION:
         differences[f"metadata.{VERSION_KEY}"] = (LAYOUT_VERSION, version)
     return differences
+
+
+async def purge_below(connection: Connection, name: str, seq: int) -> int:
+    """Removes every message below a sequence; returns how many went.  The next sequence is ``seq`` at least."""
+    return int((await connection.api(f"STREAM.PURGE.{name}", {"seq": seq}, timeout_s=PURGE_S))["purged"])
+
+
+async def first_seq_since(connection: Connection, name: str, at_ms: int) -> int | None:
+    """Returns the sequence of the first message stored at or after a time, or None when every message is older."""
+    moment = iso_from_ms(at_ms)
+    request = msgspec.json.encode({"start_time": moment, "batch": 1})
+    reply = await connection.lean.request(f"$JS.API.DIRECT.GET.{name}", request)
+    headers = reply.headers or {}
+    # A message has a sequence; it may have a header Status too, from whoever published it.
+    if H_SEQUENCE in headers:
+        return int(headers[H_SEQUENCE])
+    status = headers.get(H_STATUS, "")
+    if status == "404":
+        return None
+    raise UnavailableError(f"stream {name} answered {status} to a look-up by time")
 
 
 async def _create(connection: Connection, name: str, declared: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from holdfast.schemas.errors import InvalidNameError
-from holdfast.schemas.names import check_agent, check_event_name, check_namespace, decode_token, encode_token
+from holdfast.schemas.names import (
+    check_agent,
+    check_event_name,
+    check_namespace,
+    decode_token,
+    encode_token,
+    is_token,
+)
 
 if TYPE_CHECKING:
     from holdfast.schemas.rows import Table
@@ -78,7 +85,10 @@ def event_subject(namespace: str, agent: str, name: str) -> str:
 
 
 def dead_subject(namespace_token: str, stream: str, epoch: str, seq: int) -> str:
-    """Returns the subject of a dead letter: one for each origin, so that it is written once at most."""
+    """Returns the subject of a dead letter: one for each origin, so that it is written once at most.
+
+    ``namespace_token`` as :func:`namespace_token` gives it.
+    """
     return f"ctx.{namespace_token}.dead.{stream}.{epoch}.{seq}"
 
 
@@ -124,7 +134,11 @@ def parse_key_subject(subject: str) -> tuple[str, str]:
 
 
 def namespace_token(subject: str) -> str:
-    """Returns the namespace token of any subject of ours, as it stands, for filing a dead letter."""
+    """Returns the namespace token of any subject of ours, for filing a dead letter.
+
+    A token that is well-formed stays as it stands, whether it decodes or not; anything else is escaped.
+    """
     tokens = subject.removeprefix(HOT_PREFIX).removeprefix(KEYS_PREFIX).split(".")
     index = 1 if tokens[0] == "ctx" else 0
-    return tokens[index] if len(tokens) > index and tokens[index] else "unknown"
+    token = tokens[index] if len(tokens) > index and tokens[index] else "unknown"
+    return token if is_token(token) else encode_token(token)

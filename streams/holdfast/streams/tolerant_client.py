@@ -1,0 +1,42 @@
+"""nats-py's client, made to outlive what any publisher can send.
+
+The server passes on a subject that is not UTF-8 and a header block without an end; nats-py 2.16 ends its read loop
+over either, so that one such message would silence every connection that it is delivered to, again after each
+reconnect.  Here it arrives, with U+FFFD in place of what is not text, and is judged like any other message.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nats.aio.client import Client
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
+
+
+class TolerantClient(Client):
+    """A client whose read loop survives malformed subjects and headers.
+
+    Overrides two methods that nats-py does not document; a test sends such messages, and so guards an upgrade.
+    """
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            return await super()._process_headers(headers)
+        except (IndexError, ValueError):
+            return None
+
+    def _build_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Msg:
+        message: Msg = super()._build_message(sid, _as_utf8(subject), _as_utf8(reply), data, headers)
+        return message
+
+
+def _as_utf8(raw: bytes) -> bytes:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("utf-8", "replace").encode()
+    return raw

@@ -1,0 +1,180 @@
+"""What to do with a run of messages, decided without touching anything: values in, values out."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from holdfast.schemas.errors import ConflictError, HoldfastError
+from holdfast.schemas.rows import Anchor, ContextRow, EventRow, KeyVersionRow, Row, Table
+from holdfast.streams.decode import decode_context, decode_event, decode_key_version
+from holdfast.streams.hot import NewContext
+from holdfast.streams.messages import StoredMessage
+
+if TYPE_CHECKING:
+    from holdfast.schemas.refs import Digest
+
+ANCHOR_EVERY: Final = 1_000
+"""An anchor for each thousand messages, and one for the last: what a lost tail is measured against."""
+
+EventKey = tuple[str, str]
+VersionKey = tuple[str, str, int]
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """A message that will be a dead letter, and why."""
+
+    message: StoredMessage
+    error: HoldfastError
+
+
+class DecodedRun(msgspec.Struct, frozen=True):
+    """A run of messages, decoded: rows in stream order, what came inline with them, and what is none of ours."""
+
+    rows: list[Row]
+    inline: list[NewContext]
+    rejected: list[Rejected]
+
+
+class Deduplicated(msgspec.Struct, frozen=True):
+    """Rows to be committed, how many repetitions were left out, and rows that contradict an earlier one.
+
+    ``contested`` are rows whose key the lake holds already: whether they repeat it or contradict it, its row tells.
+    """
+
+    rows: list[Row]
+    repeated: int
+    contested: list[Row]
+
+
+def decode_run(table: Table, messages: Sequence[StoredMessage]) -> DecodedRun:
+    """Decodes a run; never raises for what a message holds."""
+    rows: list[Row] = []
+    inline: list[NewContext] = []
+    rejected: list[Rejected] = []
+    for message in messages:
+        try:
+            if table == "contexts":
+                rows.append(decode_context(message))
+            elif table == "events":
+                event = decode_event(message)
+                rows.append(event.row)
+                if event.inline is not None:
+                    inline.append(event.inline)
+            else:
+                rows.append(decode_key_version(message))
+        except HoldfastError as error:
+            rejected.append(Rejected(message, error))
+    return DecodedRun(rows, inline, rejected)
+
+
+def deduplicate_contexts(rows: Sequence[Row], archived: Container[Digest]) -> list[Row]:
+    """Returns the rows with each digest's body once: one that the lake, or an earlier row, holds becomes a touch.
+
+    A context is stored again only after it had left the hot tier; retention then counts from the last storing.
+    """
+    seen: set[Digest] = set()
+    kept: list[Row] = []
+    for row in rows:
+        if not isinstance(row, ContextRow):
+            raise TypeError(f"not a context: {type(row).__name__}")
+        if row.digest in archived or row.digest in seen:
+            kept.append(msgspec.structs.replace(row, form="touch", body=b""))
+        else:
+            seen.add(row.digest)
+            kept.append(row)
+    return kept
+
+
+def deduplicate_by_key(rows: Sequence[Row], archived: Container[EventKey | VersionKey]) -> Deduplicated:
+    """Returns events, or key versions, with each key once; a repetition is told from a contradiction by content."""
+    first: dict[EventKey | VersionKey, Row] = {}
+    repeated = 0
+    contested: list[Row] = []
+    for row in rows:
+        key = key_of(row)
+        earlier = first.get(key)
+        if earlier is not None:
+            if same_content(earlier, row):
+                repeated += 1
+            else:
+                contested.append(row)
+        elif key in archived:
+            contested.append(row)
+        else:
+            first[key] = row
+    return Deduplicated(list(first.values()), repeated, contested)
+
+
+def key_of(row: Row) -> EventKey | VersionKey:
+    """What makes an event, or a key version, the same one wherever it is met again."""
+    if isinstance(row, EventRow):
+        return (row.namespace, row.id)
+    if isinstance(row, KeyVersionRow):
+        return (row.namespace, row.key, row.version)
+    raise TypeError(f"contexts are keyed by their digest, not {type(row).__name__}")
+
+
+def same_content(one: Row, other: Row) -> bool:
+    """Whether two rows say the same, wherever and whenever they were stored.
+
+    ``timestamp_ms`` counts only where the producer gave it: a raw event without one carries the server's time.
+    """
+    return _content(one) == _content(other)
+
+
+def contradiction(row: Row, message: StoredMessage) -> Rejected:
+    """Returns the dead letter of a row whose key names another content already."""
+    return Rejected(
+        message,
+        ConflictError(
+            f"{' '.join(map(str, key_of(row)))} names another content already",
+            field="id",
+            hint="ids must be unique; publish it again under a new id",
+        ),
+    )
+
+
+def anchors_of(rows: Sequence[Row]) -> list[Anchor]:
+    """Returns the anchors of a run: each thousandth message by sequence, and the last."""
+    chosen = [row for row in rows if row.seq % ANCHOR_EVERY == 0]
+    if rows and (not chosen or chosen[-1].seq != rows[-1].seq):
+        chosen.append(rows[-1])
+    return [Anchor(row.seq, row.stored_at_ms, identity_of(row)) for row in chosen]
+
+
+def identity_of(row: Row) -> str:
+    """What an anchor remembers a row by."""
+    if isinstance(row, ContextRow):
+        return row.digest
+    if isinstance(row, EventRow):
+        return row.id
+    return f"{row.key}/{row.version}"
+
+
+def plan_purge(
+    *,
+    watermark: int,
+    first_seq: int,
+    last_seq: int,
+    first_young_seq: int | None,
+    messages: int,
+    most_messages: int | None,
+) -> int | None:
+    """Returns the sequence below which a stream may be purged now, or None when nothing is to go.
+
+    Only what is archived goes (up to ``watermark``): what is older than the hot window (below ``first_young_seq``; None
+    when every message is), and the oldest beyond ``most_messages``.
+    """
+    by_age = last_seq if first_young_seq is None else first_young_seq - 1
+    by_count = 0 if most_messages is None else first_seq + messages - most_messages - 1
+    last = min(watermark, max(by_age, by_count))
+    return last + 1 if messages and last >= first_seq else None
+
+
+def _content(row: Row) -> Row:
+    if isinstance(row, EventRow) and row.timestamp_ms == row.stored_at_ms:
+        row = msgspec.structs.replace(row, timestamp_ms=0)
+    return msgspec.structs.replace(row, seq=0, epoch="", stored_at_ms=0)

@@ -1,0 +1,427 @@
+"""The archiver: streams → Parquet → lake, then purges what is archived and old.
+
+Of several archivers on one lake directory one is active: it holds a lock on a file there, which the kernel frees when
+the process ends, however it ends.  The others wait.  The lock only saves work; what makes two writers safe is the
+lake's commit protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+
+from holdfast.lake.duck import ViewsFile, write_views_file
+from holdfast.schemas.errors import (
+    FenceError,
+    GapError,
+    HoldfastError,
+    IntegrityError,
+    InvalidFieldError,
+    RetryError,
+    UnavailableError,
+)
+from holdfast.schemas.failpoints import failpoint
+from holdfast.schemas.rows import TABLES, Table
+from holdfast.streams.service import Call, Handler, decode_request, serve
+from holdfast.streams.topology import stream_info
+from holdfast.streams.wire import STREAM_OF_TABLE
+from holdfast.workers.archive_table import TableArchiver, problem_of
+from holdfast.workers.control import (
+    ACCEPT_GAP_SUBJECT,
+    EVICT_SUBJECT,
+    FLUSH_SUBJECT,
+    STATUS_SUBJECT,
+    AcceptGapRequest,
+    ArchiverStatus,
+    EvictReport,
+    EvictRequest,
+    FlushReport,
+    Problem,
+    TableStatus,
+)
+from holdfast.workers.purge import purge_archived
+from holdfast.workers.waiting import wait_for_event
+
+if TYPE_CHECKING:
+    from holdfast.lake.index import LakeIndex
+    from holdfast.lake.lake import Lake
+    from holdfast.streams.connection import Connection
+    from holdfast.streams.hot import HotTier
+    from holdfast.workers.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LOCK_FILE: Final = ".archiver.lock"
+_STANDBY_S: Final = 0.5
+"""How often a waiting archiver tries the lock: its share of the outage when the active one dies."""
+
+_POLL_S: Final = 0.5
+"""How often the backlog is looked at, to start a commit before its time when it is a full one."""
+
+_BACKOFF_S: Final = 2.0
+_MAX_AGE_S: Final = 315_360_000.0
+
+# Events first: archiving one may store its inline context, which then is archived in the same round.
+_ORDER: Final[tuple[Table, ...]] = ("events", "contexts", "key_versions")
+
+
+class Archiver:
+    """The active archiver.  Made by :func:`run_archiver`; one round, purge or flush at a time."""
+
+    def __init__(
+        self, connection: Connection, hot: HotTier, lake: Lake, index: LakeIndex, settings: WorkerSettings
+    ) -> None:
+        self._connection = connection
+        self._lake = lake
+        self._index = index
+        self._settings = settings
+        # One thread: the lake's steps of one archiver are a sequence.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="holdfast-archiver")
+        self._tables = {
+            table: TableArchiver(table, connection=connection, hot=hot, lake=lake, index=index, executor=self._executor)
+            for table in TABLES
+        }
+        self._turn = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._views = ViewsFile(lake)
+        self._next_purge = 0.0
+        self._stopping = False
+
+    def counters(self) -> dict[str, int]:
+        """What was done since the start, as ``<table>_<count>``."""
+        return {
+            f"{table}_{name}": value
+            for table, archiver in self._tables.items()
+            for name, value in msgspec.structs.asdict(archiver.counters).items()
+        }
+
+    def problems(self) -> list[Problem]:
+        """What keeps a stream from being archived or purged now."""
+        return [archiver.problem for archiver in self._tables.values() if archiver.problem is not None]
+
+    async def run(self) -> None:
+        """Archives a round whenever messages have waited for ``archive_interval_s``, or a full commit waits.
+
+        Returns after :meth:`stop`, when the round under way has ended.  An error of one stream is told, and tried
+        again; it stops neither the others nor this loop.
+        """
+        last_round = 0.0
+        while not self._stopping:
+            due = time.monotonic() - last_round >= self._settings.archive_interval_s
+            if due or await self._backlog_is_full():
+                async with self._turn:
+                    await self._round()
+                    await self._purge_if_due()
+                last_round = time.monotonic()
+            if any(archiver.problem for archiver in self._tables.values()):
+                await wait_for_event(self._wake, _BACKOFF_S)
+            else:
+                await wait_for_event(self._wake, min(_POLL_S, self._settings.archive_interval_s))
+
+    def stop(self) -> None:
+        """Asks :meth:`run` to return once the round under way has ended."""
+        self._stopping = True
+        self._wake.set()
+
+    async def flush(self) -> FlushReport:
+        """Archives everything that was acknowledged before the call; returns when it is fsynced in the lake."""
+        started = time.perf_counter()
+        rows = dict.fromkeys(TABLES, 0)
+        async with self._turn:
+            for table in _ORDER:
+                archiver = self._tables[table]
+                before = archiver.counters.rows
+                target = (await stream_info(self._connection, STREAM_OF_TABLE[table])).last_seq
+                await self._archive_up_to(archiver, target)
+                if archiver.problem is not None:
+                    raise UnavailableError(
+                        f"{archiver.stream} cannot be archived: {archiver.problem.what}",
+                        hint=archiver.problem.next_step,
+                    )
+                rows[table] = archiver.counters.rows - before
+            # Whoever flushes may open the views file next: it is renewed even if it was a moment ago.
+            await self._in_thread(lambda: write_views_file(self._lake))
+            failpoint("archiver.before_ack")
+        marks: dict[Table, int] = {}
+        for archiver in self._tables.values():
+            mark = await archiver.watermark()
+            marks[archiver.table] = 0 if mark is None else mark.seq
+        report = FlushReport(
+            rows=rows,
+            watermarks=marks,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        failpoint("archiver.after_ack")
+        return report
+
+    async def evict(self, older_than_s: float) -> EvictReport:
+        """Purges from the hot tier what is archived and older than ``older_than_s``; the event log stays."""
+        if not 0 <= older_than_s <= _MAX_AGE_S:
+            raise InvalidFieldError(
+                f"older_than_s is {older_than_s}, not 0 to {_MAX_AGE_S:.0f} seconds",
+                field="older_than_s",
+                limit=int(_MAX_AGE_S),
+            )
+        async with self._turn:
+            purged = await self._purge("contexts", older_than_s, None)
+        info = await stream_info(self._connection, STREAM_OF_TABLE["contexts"])
+        return EvictReport(purged=purged, left=info.messages)
+
+    async def status(self) -> ArchiverStatus:
+        """Where archiving of each stream stands, and what stops it."""
+        tables: dict[Table, TableStatus] = {}
+        for archiver in self._tables.values():
+            info = await stream_info(self._connection, archiver.stream)
+            mark = await archiver.watermark()
+            seq = mark.seq if mark is not None and mark.epoch == info.epoch else max(0, info.first_seq - 1)
+            tables[archiver.table] = TableStatus(
+                epoch=info.epoch, watermark=seq, last_seq=info.last_seq, lag=max(0, info.last_seq - seq)
+            )
+        return ArchiverStatus(tables=tables, problems=self.problems(), counters=self.counters())
+
+    async def accept_gap(self, table: Table) -> dict[str, object]:
+        """Gives up the messages missing at the archiver's position in a stream, for good, and says which."""
+        async with self._turn:
+            gap = await self._tables[table].accept_gap()
+        self._wake.set()
+        return {"table": table, "from": gap[0] if gap else None, "to": gap[1] if gap else None}
+
+    async def close(self) -> None:
+        """Waits for the round under way, then drops consumers and the thread."""
+        async with self._turn:
+            for archiver in self._tables.values():
+                await archiver.close()
+            await asyncio.to_thread(self._executor.shutdown)
+
+    async def _round(self) -> None:
+        for table in _ORDER:
+            archiver = self._tables[table]
+            try:
+                info = await stream_info(self._connection, archiver.stream)
+            except HoldfastError as error:
+                self._note(archiver, error)
+                continue
+            await self._archive_up_to(archiver, info.last_seq)
+        try:
+            await self._in_thread(self._views.update)
+        except (HoldfastError, OSError):
+            logger.exception("the views file was not renewed", extra={"action": "views_failed"})
+
+    async def _archive_up_to(self, archiver: TableArchiver, target: int) -> None:
+        """Archives until the target is reached; notes an error as the stream's problem and returns."""
+        fenced = 0
+        while True:
+            try:
+                done = await archiver.cycle(limit=self._settings.archive_rows, up_to=target)
+            except FenceError:
+                # Another archiver was faster.  Once is its good right; for ever would be a fault of ours.
+                archiver.counters.fenced += 1
+                fenced += 1
+                if fenced > 10:
+                    raise
+                continue
+            except HoldfastError as error:
+                self._note(archiver, error)
+                return
+            except OSError as error:
+                self._note(archiver, _lake_unavailable(error))
+                return
+            archiver.problem = None
+            if done == 0:
+                return
+
+    def _note(self, archiver: TableArchiver, error: HoldfastError) -> None:
+        archiver.counters.failed += 1
+        if isinstance(error, IntegrityError):
+            problem = problem_of(archiver.table, error)
+        else:
+            problem = Problem(
+                invariant="I8",
+                object=archiver.stream,
+                what=error.message,
+                next_step=error.hint or "nothing: it is tried again",
+            )
+        level = logging.WARNING if isinstance(error, RetryError) else logging.ERROR
+        if archiver.problem is None or archiver.problem.what != problem.what:
+            logger.log(
+                level,
+                "stream cannot be archived now",
+                extra={"action": "archive_stopped", "stream": archiver.stream, "error": str(error)},
+            )
+        archiver.problem = problem
+
+    async def _purge_if_due(self) -> None:
+        if time.monotonic() < self._next_purge:
+            return
+        self._next_purge = time.monotonic() + self._settings.purge_interval_s
+        settings = self._settings
+        # Younger than the duplicate window, a purged event's id could be stored again after a restart of the server.
+        event_window_s = max(settings.hot_window_s, settings.duplicate_window_s)
+        for archiver, window_s, most in (
+            (self._tables["contexts"], settings.hot_window_s, settings.hot_messages),
+            (self._tables["events"], event_window_s, None),
+        ):
+            if archiver.problem is None:
+                try:
+                    await self._purge(archiver.table, window_s, most)
+                except HoldfastError as error:
+                    self._note(archiver, error)
+
+    async def _purge(self, table: Table, older_than_s: float, most_messages: int | None) -> int:
+        archiver = self._tables[table]
+        if archiver.problem is not None and archiver.problem.invariant in ("I1", "I3"):
+            raise UnavailableError(
+                f"nothing is purged from {archiver.stream}: {archiver.problem.what}", hint=archiver.problem.next_step
+            )
+        # Whoever purges first makes durable what it relies on: the commit may be another process's.
+        watermark = await self._in_thread(lambda: self._lake.durable_watermark(table))
+        if watermark is None:
+            return 0
+        info = await stream_info(self._connection, archiver.stream)
+        anchors = await self._in_thread(lambda: self._lake.anchors(table, info.first_seq))
+        purged, _ = await purge_archived(
+            self._connection,
+            table,
+            watermark=watermark,
+            anchors=anchors,
+            older_than_s=older_than_s,
+            most_messages=most_messages,
+        )
+        archiver.counters.purged += purged
+        return purged
+
+    async def _backlog_is_full(self) -> bool:
+        for archiver in self._tables.values():
+            try:
+                info = await stream_info(self._connection, archiver.stream)
+            except HoldfastError:
+                return True  # the round tells the problem
+            if info.last_seq - archiver.archived_seq >= self._settings.archive_rows:
+                return True
+        return False
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+@asynccontextmanager
+async def run_archiver(
+    connection: Connection,
+    hot: HotTier,
+    lake: Lake,
+    index: LakeIndex,
+    settings: WorkerSettings,
+    *,
+    on_standby: Callable[[], None] | None = None,
+) -> AsyncGenerator[Archiver]:
+    """Waits for the lock of the lake, then yields the active archiver, answering its control calls.
+
+    ``on_standby`` is called when another archiver is active and this one begins to wait.
+
+    At the end the round under way is finished and the lock given up.
+    """
+    async with AsyncExitStack() as stack:
+        lock = await _take_lock(settings.lake / _LOCK_FILE, on_standby)
+        stack.callback(os.close, lock)
+        await set_torn_commits_aside(connection, lake)
+        archiver = Archiver(connection, hot, lake, index, settings)
+        stack.push_async_callback(archiver.close)
+        await stack.enter_async_context(
+            serve(
+                connection,
+                name="holdfast-archiver",
+                version="1.0.0",
+                description="Archives Holdfast's streams into the lake",
+                endpoints=_endpoints(archiver),
+                namespace_at=None,
+            )
+        )
+        yield archiver
+
+
+def _endpoints(archiver: Archiver) -> dict[str, tuple[str, Handler]]:
+    evict_decoder = msgspec.json.Decoder(EvictRequest)
+    gap_decoder = msgspec.json.Decoder(AcceptGapRequest)
+
+    async def flush(call: Call) -> None:
+        await call.reply(msgspec.json.encode(await archiver.flush()))
+
+    async def evict(call: Call) -> None:
+        request = decode_request(call.data, evict_decoder)
+        await call.reply(msgspec.json.encode(await archiver.evict(request.older_than_s)))
+
+    async def status(call: Call) -> None:
+        await call.reply(msgspec.json.encode(await archiver.status()))
+
+    async def accept_gap(call: Call) -> None:
+        request = decode_request(call.data, gap_decoder)
+        await call.reply(msgspec.json.encode(await archiver.accept_gap(request.table)))
+
+    return {
+        "flush": (FLUSH_SUBJECT, flush),
+        "evict": (EVICT_SUBJECT, evict),
+        "status": (STATUS_SUBJECT, status),
+        "accept_gap": (ACCEPT_GAP_SUBJECT, accept_gap),
+    }
+
+
+async def set_torn_commits_aside(connection: Connection, lake: Lake) -> None:
+    """Moves a torn last commit of each table out of the way, if its stream still holds what the commit was of.
+
+    Such a commit was never acknowledged: a power cut ended it.  Raises GapError when the stream no longer holds
+    everything after the commit before it; the lake then stays readable up to that commit, and nothing is archived.
+    """
+    for torn in lake.torn_commits():
+        info = await stream_info(connection, STREAM_OF_TABLE[torn.table])
+        archived = 0 if torn.earlier is None or torn.earlier.epoch != info.epoch else torn.earlier.seq
+        if info.first_seq > archived + 1:
+            raise GapError(
+                f"the last commit of {torn.table} is torn, and {info.name} no longer holds what it was of "
+                f"(archived up to {archived}, first message {info.first_seq})",
+                hint="restore the lake's last commit file from a backup; nothing was moved",
+            )
+        lake.set_aside(torn)
+        logger.warning(
+            "a torn commit was set aside; its rows are archived again",
+            extra={"action": "torn_commit", "table": torn.table, "archived": archived},
+        )
+
+
+async def _take_lock(path: Path, on_standby: Callable[[], None] | None) -> int:
+    """Returns an open, locked file once no other archiver holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    waiting = False
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError:
+                if not waiting:
+                    waiting = True
+                    logger.info("another archiver is active: waiting", extra={"action": "archiver_standby"})
+                    if on_standby is not None:
+                        on_standby()
+                await asyncio.sleep(_STANDBY_S)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _lake_unavailable(error: OSError) -> HoldfastError:
+    return UnavailableError(
+        f"the lake cannot be written: {error.strerror or error}",
+        hint="free space or mend the disk; what is acknowledged stays in the streams meanwhile",
+    )

@@ -1,0 +1,203 @@
+"""Contexts from the hot tier, else from the lake: what the resolver reads.
+
+A context leaves the hot tier only after it is durable in the lake, so looking hot first and cold second cannot miss it
+in between.  Cold look-ups that come together are read together: the lake is asked for many at once, one batch at a
+time, in one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+
+from holdfast.client.model import Tier
+from holdfast.lake.lookup import Lookup
+from holdfast.schemas.errors import DigestMismatchError, HoldfastError, NotFoundError, UnavailableError
+from holdfast.schemas.rows import ContextRow
+from holdfast.streams.codec import decode_manifest, join
+
+if TYPE_CHECKING:
+    from holdfast.lake.index import LakeIndex
+    from holdfast.lake.lake import Lake
+    from holdfast.schemas.refs import Digest
+    from holdfast.streams.hot import HotTier
+
+T = TypeVar("T")
+
+_BATCH: Final = 1_000
+CACHE_BYTES: Final = 32 * 1024 * 1024
+"""Bodies kept that were read from the lake: a cold read costs 2 ms, and the same few are asked for again."""
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A stored form (a manifest stays one) and the tier it was read from."""
+
+    row: ContextRow
+    tier: Tier
+
+
+class ColdReader:
+    """Reads stored forms from the lake by digest, batching what comes together."""
+
+    def __init__(self, lake: Lake, index: LakeIndex) -> None:
+        self._lake = lake
+        self._index = index
+        self._lookup = Lookup(lake, index)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="holdfast-cold")
+        self._waiting: dict[Digest, asyncio.Future[ContextRow | None]] = {}
+        self._cache: OrderedDict[Digest, ContextRow] = OrderedDict()
+        self._cached_bytes = 0
+        self._running: asyncio.Task[None] | None = None
+
+    async def get_many(self, digests: Iterable[Digest]) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
+        """Returns what the lake holds, and the error of each that it cannot serve; the rest is not there.
+
+        Before anything is said to be missing, the newest version of the lake has been read.
+        """
+        found: dict[Digest, ContextRow] = {}
+        failed: dict[Digest, HoldfastError] = {}
+        futures: dict[Digest, asyncio.Future[ContextRow | None]] = {}
+        for digest in digests:
+            cached = self._cache.get(digest)
+            if cached is not None:
+                self._cache.move_to_end(digest)
+                found[digest] = cached
+            else:
+                futures[digest] = self._enqueue(digest)
+        for digest, future in futures.items():
+            try:
+                row = await asyncio.shield(future)
+            except HoldfastError as error:
+                failed[digest] = error
+                continue
+            if row is not None:
+                found[digest] = row
+        return found, failed
+
+    async def in_thread(self, call: Callable[[], T]) -> T:
+        """Runs a call in the thread that reads the lake."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    async def close(self) -> None:
+        """Waits for the batch under way and closes the open files."""
+        if self._running is not None:
+            await asyncio.gather(self._running, return_exceptions=True)
+        await self.in_thread(self._lookup.close)
+        self._executor.shutdown()
+
+    def _enqueue(self, digest: Digest) -> asyncio.Future[ContextRow | None]:
+        future = self._waiting.get(digest)
+        if future is None:
+            future = asyncio.get_running_loop().create_future()
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._waiting[digest] = future
+            if self._running is None:
+                self._running = asyncio.get_running_loop().create_task(self._drain(), name="holdfast-cold-reads")
+        return future
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                # What was asked for while the last batch was read makes up the next one.
+                batch = {digest: self._waiting.pop(digest) for digest in list(self._waiting)[:_BATCH]}
+                outcomes = await self._read(list(batch))
+                for digest, future in batch.items():
+                    outcome = outcomes.get(digest)
+                    if isinstance(outcome, HoldfastError):
+                        future.set_exception(outcome)
+                    else:
+                        future.set_result(outcome)
+        finally:
+            self._running = None
+
+    async def _read(self, digests: list[Digest]) -> dict[Digest, ContextRow | HoldfastError]:
+        try:
+            rows = await self.in_thread(lambda: self._read_blocking(digests))
+        except (DigestMismatchError, OSError, HoldfastError) as error:
+            if len(digests) > 1:
+                # One damaged row must not hide the others: singly, each tells for itself.
+                outcomes: dict[Digest, ContextRow | HoldfastError] = {}
+                for digest in digests:
+                    outcomes |= await self._read([digest])
+                return outcomes
+            return {digests[0]: _typed(error)}
+        for row in rows.values():
+            self._remember(row)
+        return dict(rows)
+
+    def _read_blocking(self, digests: list[Digest]) -> dict[Digest, ContextRow]:
+        rows = self._lookup.get_contexts(digests)
+        missing = [digest for digest in digests if digest not in rows]
+        if missing:
+            self._lake.refresh("contexts")
+            self._index.refresh(self._lake)
+            rows |= self._lookup.get_contexts(missing)
+        return rows
+
+    def _remember(self, row: ContextRow) -> None:
+        self._cache[row.digest] = row
+        self._cached_bytes += len(row.body)
+        while self._cached_bytes > CACHE_BYTES and self._cache:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= len(dropped.body)
+
+
+class ContextReader:
+    """Reads contexts hot, then cold."""
+
+    def __init__(self, hot: HotTier, cold: ColdReader) -> None:
+        self._hot = hot
+        self._cold = cold
+
+    async def get_stored_many(
+        self, namespace: str, digests: Iterable[Digest]
+    ) -> tuple[dict[Digest, Found], dict[Digest, HoldfastError]]:
+        """Returns stored forms of one namespace, and the error of each that cannot be served."""
+        wanted = list(dict.fromkeys(digests))
+        hot, damaged = await self._hot.get_stored_many(namespace, wanted)
+        found = {digest: Found(row, "hot") for digest, row in hot.items()}
+        left = [digest for digest in wanted if digest not in found]
+        if not left:
+            return found, {}
+        cold, failed = await self._cold.get_many(left)
+        for digest, row in cold.items():
+            # The namespace is under the digest: a row of another is no answer to this question.
+            if row.namespace == namespace:
+                found[digest] = Found(row, "lake")
+        return found, {digest: error for digest, error in (damaged | failed).items() if digest not in found}
+
+    async def get_many(
+        self, namespace: str, digests: Iterable[Digest]
+    ) -> tuple[dict[Digest, Found], dict[Digest, HoldfastError]]:
+        """Returns whole contexts of one namespace, chunks joined and checked."""
+        found, failed = await self.get_stored_many(namespace, digests)
+        manifests = {digest: item for digest, item in found.items() if item.row.form == "manifest"}
+        if not manifests:
+            return found, failed
+        parts = [part for item in manifests.values() for part in decode_manifest(item.row.body).chunks]
+        chunks, chunk_errors = await self.get_stored_many(namespace, parts)
+        bodies = {digest: item.row.body for digest, item in chunks.items()}
+        for digest, item in manifests.items():
+            lost = [part for part in decode_manifest(item.row.body).chunks if part not in bodies]
+            del found[digest]
+            if lost:
+                failed[digest] = chunk_errors.get(lost[0]) or NotFoundError(
+                    f"{len(lost)} chunks of {item.row.ref} are stored nowhere", hint="run 'holdfast verify'"
+                )
+                continue
+            try:
+                found[digest] = Found(await asyncio.to_thread(join, item.row, bodies), item.tier)
+            except HoldfastError as error:
+                failed[digest] = error
+        return found, failed
+
+
+def _typed(error: Exception) -> HoldfastError:
+    if isinstance(error, HoldfastError):
+        return error
+    return UnavailableError(f"the lake cannot be read: {error}", hint="see 'holdfast health'")

@@ -1,0 +1,118 @@
+"""Calls to the active archiver: flush, evict, status.  Request-reply, so that they work from any machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from holdfast.client.cold import error_of
+from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas.rows import Table
+from holdfast.streams.service import ErrorReply
+from holdfast.streams.wire import H_SERVICE_ERROR
+
+if TYPE_CHECKING:
+    from holdfast.streams.connection import Connection
+
+FLUSH_SUBJECT: Final = "hf.archiver.flush"
+EVICT_SUBJECT: Final = "hf.archiver.evict"
+STATUS_SUBJECT: Final = "hf.archiver.status"
+ACCEPT_GAP_SUBJECT: Final = "hf.archiver.accept_gap"
+COMPACT_SUBJECT: Final = "hf.compactor.compact"
+
+STATUS_S: Final = 2.0
+FLUSH_S: Final = 600.0
+
+
+class Empty(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A request without members."""
+
+
+class EvictRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Purge from the hot tier what is archived and older than this."""
+
+    older_than_s: float
+
+
+class AcceptGapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Record that the messages missing at the archiver's position in this table's stream are lost, and go on."""
+
+    table: Table
+
+
+class FlushReport(msgspec.Struct, frozen=True):
+    """Everything acknowledged before the call is in the lake.  ``rows`` archived during the call, by table."""
+
+    rows: dict[Table, int]
+    watermarks: dict[Table, int]
+    seconds: float
+
+
+class EvictReport(msgspec.Struct, frozen=True):
+    """Messages that left the hot tier, and those that stay (not archived yet, or too young)."""
+
+    purged: int
+    left: int
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """A broken promise, or one in danger: which, of what, what was seen, and what to do next."""
+
+    invariant: str
+    object: str
+    what: str
+    next_step: str
+
+
+class TableStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Where archiving of one stream stands.  ``lag`` counts messages above the watermark."""
+
+    epoch: str
+    watermark: int
+    last_seq: int
+    lag: int
+
+
+class ArchiverStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the active archiver says of itself."""
+
+    tables: dict[Table, TableStatus]
+    problems: list[Problem]
+    counters: dict[str, int]
+
+
+_ERROR: Final = msgspec.json.Decoder(ErrorReply)
+
+
+async def flush(connection: Connection, *, timeout_s: float = FLUSH_S) -> FlushReport:
+    """Archives everything acknowledged so far and returns when it is fsynced in the lake."""
+    return msgspec.convert(await _call(connection, FLUSH_SUBJECT, Empty(), timeout_s), FlushReport)
+
+
+async def evict(connection: Connection, older_than_s: float, *, timeout_s: float = FLUSH_S) -> EvictReport:
+    """Purges from the hot tier what is archived and older than ``older_than_s`` seconds."""
+    return msgspec.convert(await _call(connection, EVICT_SUBJECT, EvictRequest(older_than_s), timeout_s), EvictReport)
+
+
+async def archiver_status(connection: Connection, *, timeout_s: float = STATUS_S) -> ArchiverStatus:
+    """Returns the active archiver's status; raises UnavailableError when none runs."""
+    return msgspec.convert(await _call(connection, STATUS_SUBJECT, Empty(), timeout_s), ArchiverStatus)
+
+
+async def accept_gap(connection: Connection, table: Table, *, timeout_s: float = FLUSH_S) -> dict[str, Any]:
+    """Has the archiver record the gap it stands before as lost; returns ``{"table", "from", "to"}``."""
+    return await _call(connection, ACCEPT_GAP_SUBJECT, AcceptGapRequest(table), timeout_s)
+
+
+async def _call(connection: Connection, subject: str, request: object, timeout_s: float) -> dict[str, Any]:
+    try:
+        reply = await connection.lean.request(subject, msgspec.json.encode(request), timeout_s=timeout_s)
+    except UnavailableError as error:
+        raise UnavailableError(
+            "no archiver answers on this server",
+            hint="start one with 'holdfast up' or 'holdfast worker archiver'",
+        ) from error
+    if reply.headers and H_SERVICE_ERROR in reply.headers:
+        raise error_of(_ERROR.decode(reply.data).error)
+    return msgspec.json.decode(reply.data, type=dict[str, Any])

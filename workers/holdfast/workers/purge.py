@@ -1,0 +1,112 @@
+"""Purging a stream below its watermark, and the checks without which nothing is purged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from holdfast.schemas.errors import HoldfastError, IntegrityError
+from holdfast.schemas.failpoints import failpoint
+from holdfast.schemas.ids import now_ms
+from holdfast.streams.decode import decode_row
+from holdfast.streams.pull import read_one
+from holdfast.streams.topology import StreamInfo, first_seq_since, purge_below, stream_info
+from holdfast.streams.wire import STREAM_OF_TABLE
+from holdfast.workers.archive_plan import identity_of, plan_purge
+
+if TYPE_CHECKING:
+    from holdfast.schemas.rows import Anchor, Position, Table
+    from holdfast.streams.connection import Connection
+
+logger = logging.getLogger(__name__)
+
+_ANCHORS_CHECKED: Final = 8
+"""Anchors looked at in one check: the newest, where a lost tail shows first, and some spread over the rest."""
+
+
+class DivergedError(IntegrityError):
+    """A stream holds something else at a sequence than what was archived from it."""
+
+    code = "diverged"
+
+
+async def check_anchors(connection: Connection, table: Table, info: StreamInfo, anchors: Sequence[Anchor]) -> None:
+    """Raises DivergedError when the stream holds something else at an anchor's sequence, or nothing.
+
+    Anchors that have been purged (below the first sequence) or lie beyond the stream's end are passed over: the first
+    is our own doing, the second a lost tail, which is dealt with by itself.
+    """
+    held = [anchor for anchor in anchors if info.first_seq <= anchor.seq <= info.last_seq]
+    step = max(1, len(held) // _ANCHORS_CHECKED)
+    for anchor in dict.fromkeys([*held[-1:], *held[::-step]]):
+        message = await read_one(connection, info, anchor.seq)
+        found = "nothing"
+        if message is not None:
+            try:
+                found = identity_of(decode_row(table, message))
+            except HoldfastError as error:
+                found = f"an undecodable message ({error.code})"
+            if found == anchor.identity and message.stored_at_ms == anchor.stored_at_ms:
+                continue
+        if table == "key_versions" and message is None:
+            continue  # a superseded version may have been trimmed
+        raise DivergedError(
+            f"stream {info.name} holds {found} at sequence {anchor.seq}, where {anchor.identity} was archived",
+            hint="the stream lost its tail and went on; nothing is purged. Restore the server's data directory, "
+            "or start on a new one: what is in the lake stays readable",
+        )
+
+
+async def fence_lost_tail(connection: Connection, stream: str, info: StreamInfo, watermark: Position) -> None:
+    """Lifts the next sequence of a stream that lost its tail above the watermark, and says so.
+
+    Otherwise new messages would take sequences that name archived ones.  What the stream still holds is archived.
+    """
+    logger.error(
+        "the stream lost messages that had been archived: its next sequence is lifted above the watermark",
+        extra={"action": "lost_tail", "stream": stream, "last_seq": info.last_seq, "watermark": watermark.seq},
+    )
+    await purge_below(connection, stream, watermark.seq + 1)
+
+
+async def purge_archived(
+    connection: Connection,
+    table: Table,
+    *,
+    watermark: Position,
+    anchors: Sequence[Anchor],
+    older_than_s: float,
+    most_messages: int | None = None,
+) -> tuple[int, StreamInfo]:
+    """Purges what is archived and old, or over the count; returns how many messages went and the stream's state after.
+
+    ``watermark`` must be durable, and not older than ``anchors``.  Raises DivergedError, purging nothing, when the
+    stream is not what was archived.
+    """
+    stream = STREAM_OF_TABLE[table]
+    info = await stream_info(connection, stream)
+    if info.epoch != watermark.epoch or not info.messages:
+        return 0, info
+    first_young = await first_seq_since(connection, stream, now_ms() - int(older_than_s * 1000))
+    below = plan_purge(
+        watermark=watermark.seq,
+        first_seq=info.first_seq,
+        last_seq=info.last_seq,
+        first_young_seq=first_young,
+        messages=info.messages,
+        most_messages=most_messages,
+    )
+    if below is None:
+        return 0, info
+    await check_anchors(connection, table, info, anchors)
+    failpoint("archiver.before_purge")
+    await purge_below(connection, stream, below)
+    failpoint("archiver.after_purge")
+    after = await stream_info(connection, stream)
+    purged = max(0, after.first_seq - info.first_seq)
+    logger.info(
+        "stream purged below its watermark",
+        extra={"action": "purged", "stream": stream, "below": below, "messages": purged, "watermark": watermark.seq},
+    )
+    return purged, after

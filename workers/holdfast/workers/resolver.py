@@ -1,0 +1,321 @@
+"""The resolver: request-reply for every context and event, hot or cold, as the NATS service ``holdfast``.
+
+Requests and answers are JSON; an error is told by ``Nats-Service-Error-Code`` and ``{"error": {"code", "message",
+"field", "limit", "hint"}}``.  Any number of resolvers may run: the server shares requests among them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from holdfast.client.cold import FetchEnd, FetchRequest
+from holdfast.lake.duck import Connection as LakeConnection
+from holdfast.lake.duck import connect
+from holdfast.lake.scan import EventFilter, EventPage, query_events
+from holdfast.schemas import limits
+from holdfast.schemas.errors import HoldfastError, NotFoundError, TooLargeError
+from holdfast.schemas.ids import now_ms
+from holdfast.schemas.refs import Digest, Ref, is_digest, parse_ref
+from holdfast.streams.codec import reseal
+from holdfast.streams.consumer import ack_floor
+from holdfast.streams.decode import decode_event
+from holdfast.streams.pull import read_one
+from holdfast.streams.service import Call, EndpointCounters, ErrorBody, Handler, decode_request, serve
+from holdfast.streams.tail import open_tail
+from holdfast.streams.topology import stream_info
+from holdfast.streams.wire import EVENTS_STREAM, H_CREATED, H_DIGEST, H_END
+from holdfast.workers.contexts import ColdReader, ContextReader, Found
+from holdfast.workers.ingester import CONSUMER as INGESTER
+from holdfast.workers.requests import (
+    PutRequest,
+    QueryRequest,
+    ResolveBatchRequest,
+    ResolveRequest,
+    check_fields,
+    choose_fields,
+    context_of_put,
+    context_reply,
+    event_id_of,
+    event_reply,
+    time_ms,
+)
+from holdfast.workers.state import collect_health, collect_stats
+
+if TYPE_CHECKING:
+    from holdfast.lake.index import LakeIndex
+    from holdfast.lake.lake import Lake
+    from holdfast.schemas.rows import EventRow
+    from holdfast.streams.connection import Connection
+    from holdfast.streams.hot import HotTier
+
+logger = logging.getLogger(__name__)
+
+SERVICE: Final = "holdfast"
+
+_RESOLVE: Final = msgspec.json.Decoder(ResolveRequest)
+_BATCH: Final = msgspec.json.Decoder(ResolveBatchRequest)
+_PUT: Final = msgspec.json.Decoder(PutRequest)
+_QUERY: Final = msgspec.json.Decoder(QueryRequest)
+_FETCH: Final = msgspec.json.Decoder(FetchRequest)
+_EMPTY: Final = msgspec.json.Decoder(dict[str, Any])
+
+
+class Resolver:
+    """The endpoints of the service.  Made by :func:`run_resolver`."""
+
+    def __init__(self, connection: Connection, hot: HotTier, lake: Lake, cold: ColdReader, sql: LakeConnection) -> None:
+        self._connection = connection
+        self._hot = hot
+        self._lake = lake
+        self._cold = cold
+        self._sql = sql
+        self._contexts = ContextReader(hot, cold)
+        # DuckDB uses its own threads; one query at a time keeps its memory bounded.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="holdfast-query")
+
+    def endpoints(self) -> dict[str, tuple[str, Handler]]:
+        """Returns every endpoint: name → (subject, handler)."""
+        handlers: dict[str, Handler] = {
+            "resolve": self.resolve,
+            "resolve_batch": self.resolve_batch,
+            "put": self.put,
+            "query": self.query,
+            "stats": self.stats,
+            "health": self.health,
+            "fetch": self.fetch,
+        }
+        return {name: (f"ctx.*.{name}", handler) for name, handler in handlers.items()}
+
+    async def resolve(self, call: Call) -> None:
+        """``{"ref"}`` → ``{"ref", "kind", "body", "size", "created_at", "tier"}``."""
+        request: ResolveRequest = decode_request(call.data, _RESOLVE)
+        check_fields(request.fields)
+        digest = parse_ref(request.ref).digest
+        found, failed = await self._contexts.get_many(call.namespace, [digest])
+        if digest in failed:
+            raise failed[digest]
+        item = _live(found.get(digest), request.ref)
+        if item is None:
+            raise NotFoundError(
+                f"no context {request.ref} in namespace {call.namespace!r}",
+                field="ref",
+                hint="it may have expired, or belong to another namespace",
+            )
+        await call.reply(
+            _within(msgspec.json.encode(choose_fields(context_reply(item.row, item.tier), request.fields)))
+        )
+
+    async def resolve_batch(self, call: Call) -> None:
+        """``{"refs"}`` → ``{"contexts": {ref: …}, "not_found": [ref], "errors": {ref: …}, "next": [ref]}``.
+
+        The answer ends before 900 KB; ``next`` then names the references that are left to ask for.
+        """
+        request: ResolveBatchRequest = decode_request(call.data, _BATCH)
+        check_fields(request.fields)
+        refs = list(dict.fromkeys(Ref(ref) for ref in request.refs))
+        digests = {ref: parse_ref(ref).digest for ref in refs}
+        found, failed = await self._contexts.get_many(call.namespace, digests.values())
+        contexts: dict[str, msgspec.Raw] = {}
+        not_found: list[str] = []
+        errors: dict[str, ErrorBody] = {}
+        size = 0
+        left: list[str] = []
+        for position, ref in enumerate(refs):
+            digest = digests[ref]
+            if digest in failed:
+                errors[ref] = _body_of(failed[digest])
+                continue
+            item = _live(found.get(digest), ref)
+            if item is None:
+                not_found.append(ref)
+                continue
+            encoded = msgspec.json.encode(choose_fields(context_reply(item.row, item.tier), request.fields))
+            if len(encoded) > limits.REPLY_BYTES:
+                errors[ref] = _body_of(_too_large(len(encoded)))
+                continue
+            size += len(encoded) + len(ref) + 8
+            if size > limits.REPLY_BYTES:
+                left = list(refs[position:])
+                break
+            contexts[ref] = msgspec.Raw(encoded)
+        answer: dict[str, object] = {"contexts": contexts, "not_found": not_found}
+        if errors:
+            answer["errors"] = errors
+        if left:
+            answer["next"] = left
+        await call.reply(msgspec.json.encode(answer))
+
+    async def put(self, call: Call) -> None:
+        """``{"kind", "body"}`` → ``{"ref"}``."""
+        request: PutRequest = decode_request(call.data, _PUT)
+        put = (await self._hot.put_many([context_of_put(call.namespace, request)]))[0]
+        await call.reply(msgspec.json.encode({"ref": put.ref}))
+
+    async def query(self, call: Call) -> None:
+        """Conditions → ``{"events": […], "cursor"}``, oldest first, hot and cold.
+
+        Every event acknowledged before the call is seen, and every reference in the answer resolves.  ``cursor`` goes
+        on after the last event; null when there was none.
+        """
+        request: QueryRequest = decode_request(call.data, _QUERY)
+        where = EventFilter(
+            namespace=call.namespace,
+            session_id=request.session_id,
+            agent_id=request.agent_id,
+            correlation_id=request.correlation_id,
+            event_id=None if request.event_id is None else event_id_of(call.namespace, request.event_id),
+            kind=request.kind,
+            name=request.name,
+        )
+        since = None if request.since is None else time_ms(request.since, "since")
+        until = None if request.until is None else time_ms(request.until, "until")
+
+        def run() -> EventPage:
+            return query_events(
+                self._sql, where, since_ms=since, until_ms=until, limit=request.limit, cursor=request.cursor
+            )
+
+        page = await asyncio.get_running_loop().run_in_executor(self._executor, run)
+        await self._intern_ahead(page.events)
+        events: list[msgspec.Raw] = []
+        size = 0
+        for row in page.events:
+            encoded = msgspec.json.encode(event_reply(row))
+            size += len(encoded) + 1
+            if size > limits.REPLY_BYTES and events:
+                # A shorter page than asked for, with a cursor that goes on from its end.
+                page = await asyncio.get_running_loop().run_in_executor(
+                    self._executor,
+                    lambda: query_events(
+                        self._sql, where, since_ms=since, until_ms=until, limit=len(events), cursor=request.cursor
+                    ),
+                )
+                break
+            events.append(msgspec.Raw(encoded))
+        await call.reply(msgspec.json.encode({"events": events, "cursor": page.cursor}))
+
+    async def stats(self, call: Call) -> None:
+        """What each tier holds, and the watermarks between them."""
+        _ = decode_request(call.data, _EMPTY)
+        answer = await collect_stats(self._connection, self._lake, self._live_keys)
+        await call.reply(msgspec.json.encode(answer))
+
+    async def health(self, call: Call) -> None:
+        """``{"ok", "problems": [{"invariant", "object", "what", "next_step"}], "lag"}``."""
+        _ = decode_request(call.data, _EMPTY)
+        await call.reply(msgspec.json.encode(await collect_health(self._connection, self._lake)))
+
+    async def fetch(self, call: Call) -> None:
+        """``{"digests"}`` → a message for each stored form that was found, then one with ``Hf-End``.
+
+        For the SDK: the messages are those of the hot tier, so a large body comes in its chunks.
+        """
+        request: FetchRequest = decode_request(call.data, _FETCH)
+        if len(request.digests) > limits.BATCH_REFS:
+            raise TooLargeError(f"fetch of {len(request.digests)} digests", field="digests", limit=limits.BATCH_REFS)
+        digests = [digest for digest in request.digests if is_digest(digest)]
+        found, failed = await self._contexts.get_stored_many(call.namespace, digests)
+        for digest, item in found.items():
+            headers, payload = await asyncio.to_thread(reseal, item.row)
+            await call.reply(payload, {**headers, H_DIGEST: digest, H_CREATED: str(item.row.stored_at_ms)})
+        end = FetchEnd(sent=len(found), failed={Digest(digest): _body_of(error) for digest, error in failed.items()})
+        await call.reply(msgspec.json.encode(end), {H_END: "1"})
+
+    async def close(self) -> None:
+        """Waits for the query under way."""
+        await asyncio.to_thread(self._executor.shutdown)
+
+    async def _live_keys(self) -> int:
+        def count() -> int:
+            rows = self._sql.execute(
+                "SELECT count(*) FROM (SELECT arg_max(op, version) AS op FROM key_versions GROUP BY namespace, key) "
+                "WHERE op NOT IN ('delete', 'expire')"
+            ).fetchall()
+            return int(rows[0][0])
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, count)
+
+    async def _intern_ahead(self, events: list[EventRow]) -> None:
+        """Stores the inline contexts of events that the ingester has not come to yet.
+
+        Only an event that is still in the stream can be one; what is archived was interned before.
+        """
+        newest = max((row.seq for row in events if row.context_ref is not None), default=0)
+        if newest == 0 or newest <= await self._ingested():
+            return
+        info = await stream_info(self._connection, EVENTS_STREAM)
+        for row in events:
+            if row.context_ref is None or row.epoch != info.epoch or row.seq < info.first_seq:
+                continue
+            message = await read_one(self._connection, info, row.seq)
+            inline = None if message is None else decode_event(message).inline
+            if inline is not None:
+                await self._hot.put_many([inline])
+
+    async def _ingested(self) -> int:
+        try:
+            return await ack_floor(self._connection, EVENTS_STREAM, INGESTER)
+        except HoldfastError:
+            return 0  # no ingester has ever run: look at every event
+
+
+@asynccontextmanager
+async def run_resolver(
+    connection: Connection, hot: HotTier, lake: Lake, index: LakeIndex
+) -> AsyncGenerator[dict[str, EndpointCounters]]:
+    """Answers requests while the block lasts; yields the counters of the endpoints.
+
+    At the end no new request is taken; those under way are waited for.
+    """
+    async with AsyncExitStack() as stack:
+        tail = await asyncio.to_thread(open_tail, connection.target)
+        sql = await asyncio.to_thread(lambda: connect(lake.path, tail=tail, index=index))
+        stack.push_async_callback(asyncio.to_thread, sql.close)
+        cold = ColdReader(lake, index)
+        stack.push_async_callback(cold.close)
+        resolver = Resolver(connection, hot, lake, cold, sql)
+        stack.push_async_callback(resolver.close)
+        counters = await stack.enter_async_context(
+            serve(
+                connection,
+                name=SERVICE,
+                version="1.0.0",
+                description="Resolves contexts and queries events of Holdfast",
+                endpoints=resolver.endpoints(),
+            )
+        )
+        yield counters
+
+
+def _live(item: Found | None, ref: str) -> Found | None:
+    """The context, unless its reference names another kind, or it has expired."""
+    if item is None or item.row.ref != ref:
+        return None
+    expires = item.row.expires_at_ms
+    return None if expires is not None and expires <= now_ms() else item
+
+
+def _within(encoded: bytes) -> bytes:
+    if len(encoded) > limits.REPLY_BYTES:
+        raise _too_large(len(encoded))
+    return encoded
+
+
+def _too_large(size: int) -> TooLargeError:
+    return TooLargeError(
+        f"the answer has {size} bytes, the limit is {limits.REPLY_BYTES}",
+        field="body",
+        limit=limits.REPLY_BYTES,
+        hint="resolve it with the SDK, which fetches a large body in parts",
+    )
+
+
+def _body_of(error: HoldfastError) -> ErrorBody:
+    return ErrorBody(code=error.code, message=error.message, field=error.field, limit=error.limit, hint=error.hint)

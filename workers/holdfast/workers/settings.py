@@ -1,0 +1,48 @@
+"""What the workers are told: one frozen value, read once at the edge and passed down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+WorkerName = Literal["ingester", "archiver", "compactor", "janitor", "resolver"]
+
+WORKERS: Final[tuple[WorkerName, ...]] = ("archiver", "ingester", "compactor", "janitor", "resolver")
+"""Every worker, in the order in which they are started; they are drained in the reverse order."""
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of all workers.  Durations are in seconds."""
+
+    lake: Path
+    """The lake's directory, holding its three tables."""
+
+    index: Path
+    """The directory of this process's look-up index; a cache, made anew when it is lost."""
+
+    hot_window_s: float = 24 * 3600.0
+    """Messages older than this, and archived, leave the hot tier and the event log."""
+
+    hot_messages: int = 1_000_000
+    """Most messages kept in the hot tier, the oldest archived ones leave first: a live subject costs ~270 B of server
+    memory."""
+
+    archive_interval_s: float = 5.0
+    """How long an acknowledged message waits at most before it is archived."""
+
+    archive_rows: int = 50_000
+    """Most rows of one commit; that many waiting start a commit at once."""
+
+    compact_interval_s: float = 300.0
+    """How often small files are looked for."""
+
+    purge_interval_s: float = 60.0
+    """How often messages that may leave are looked for."""
+
+    duplicate_window_s: float = 600.0
+    """For how long the server refuses a repeated event id; nothing younger is purged from the event log."""
+
+    replicas: int = 1
+    """Copies of each stream in a cluster."""

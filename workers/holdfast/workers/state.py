@@ -1,0 +1,116 @@
+"""What the whole system holds and how it fares, collected for ``stats`` and ``health``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from holdfast.schemas.errors import HoldfastError
+from holdfast.schemas.rows import TABLES, Position, Table
+from holdfast.streams.topology import StreamInfo, stream_info
+from holdfast.streams.wire import DEAD_STREAM, STREAM_OF_TABLE
+from holdfast.workers.control import Problem, archiver_status
+
+if TYPE_CHECKING:
+    from holdfast.lake.lake import Lake
+    from holdfast.streams.connection import Connection
+
+LAG_MESSAGES: Final = 200_000
+"""A backlog over this is a problem to be told: four full commits."""
+
+
+async def collect_stats(connection: Connection, lake: Lake, live_keys: Callable[[], Awaitable[int]]) -> dict[str, Any]:
+    """Returns ``{"hot", "events", "keys", "lake", "watermarks", "dead"}``; each count exact when asked for."""
+    infos: dict[Table, StreamInfo] = {
+        table: await stream_info(connection, stream) for table, stream in STREAM_OF_TABLE.items()
+    }
+    dead = await stream_info(connection, DEAD_STREAM)
+    await asyncio.to_thread(lake.refresh)
+    marks = await asyncio.to_thread(lambda: {table: lake.watermark(table) for table in TABLES})
+    tables = await asyncio.to_thread(lambda: {table: lake.statistics(table) for table in TABLES})
+    return {
+        "hot": {"contexts": infos["contexts"].messages, "bytes": infos["contexts"].bytes},
+        "events": {"unarchived": _lag(infos["events"], marks["events"])},
+        "keys": {"live": await live_keys()},
+        "lake": {
+            "contexts": tables["contexts"].contexts,
+            "events": tables["events"].rows,
+            "key_versions": tables["key_versions"].rows,
+            "bytes": sum(table.bytes for table in tables.values()),
+            "files": sum(table.files for table in tables.values()),
+        },
+        "watermarks": {
+            table: {
+                "epoch": infos[table].epoch,
+                "seq": _archived(infos[table], marks[table]),
+                "last_seq": infos[table].last_seq,
+                "lag": _lag(infos[table], marks[table]),
+            }
+            for table in TABLES
+        },
+        "dead": dead.messages,
+    }
+
+
+async def collect_health(connection: Connection, lake: Lake) -> dict[str, Any]:
+    """Returns ``{"ok", "problems", "lag"}``: each problem with the invariant it breaks and the next step to take."""
+    problems: list[Problem] = []
+    lag: dict[str, int] = {}
+    try:
+        status = await archiver_status(connection)
+        problems.extend(status.problems)
+    except HoldfastError as error:
+        problems.append(
+            Problem(
+                invariant="I8",
+                object="archiver",
+                what=error.message,
+                next_step=error.hint or "start one with 'holdfast worker archiver'",
+            )
+        )
+    for table in TABLES:
+        try:
+            info = await stream_info(connection, STREAM_OF_TABLE[table])
+            mark = await asyncio.to_thread(lake.watermark, table)
+        except HoldfastError as error:
+            problems.append(
+                Problem(
+                    invariant="I1",
+                    object=STREAM_OF_TABLE[table],
+                    what=error.message,
+                    next_step=error.hint or "see the server's log",
+                )
+            )
+            continue
+        lag[table] = _lag(info, mark)
+        if lag[table] > LAG_MESSAGES:
+            problems.append(
+                Problem(
+                    invariant="I8",
+                    object=info.name,
+                    what=f"{lag[table]} messages are not archived yet",
+                    next_step="is the archiver running, and does its disk keep up? Nothing is lost meanwhile",
+                )
+            )
+    torn = await asyncio.to_thread(lake.torn_commits)
+    problems.extend(
+        Problem(
+            invariant="I5",
+            object=f"lake/{item.table}",
+            what="the last commit file is torn",
+            next_step="restart the archiver: it sets the commit aside and archives its rows again",
+        )
+        for item in torn
+    )
+    return {"ok": not problems, "problems": [msgspec.structs.asdict(problem) for problem in problems], "lag": lag}
+
+
+def _archived(info: StreamInfo, mark: Position | None) -> int:
+    return mark.seq if mark is not None and mark.epoch == info.epoch else max(0, info.first_seq - 1)
+
+
+def _lag(info: StreamInfo, mark: Position | None) -> int:
+    return max(0, info.last_seq - _archived(info, mark))

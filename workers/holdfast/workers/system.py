@@ -1,0 +1,211 @@
+"""The composition root of the workers: what each needs, the order they start in and the order they are drained in.
+
+Start: topology, lake, then archiver, ingester, compactor, janitor, resolver.  Drain, in reverse: the resolver takes no
+new request and answers those under way; janitor, compactor and ingester finish what is in hand; the archiver finishes
+its round; lake and connection are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from holdfast.lake.index import LakeIndex
+from holdfast.lake.lake import Lake
+from holdfast.schemas.rows import TABLES
+from holdfast.streams.connection import Connection, open_connection
+from holdfast.streams.hot import HotTier
+from holdfast.streams.topology import ensure_topology
+from holdfast.streams.wire import HOT_STREAM, STREAM_OF_TABLE
+from holdfast.workers.archiver import Archiver, run_archiver
+from holdfast.workers.compactor import Compactor
+from holdfast.workers.ingester import Ingester
+from holdfast.workers.janitor import Janitor
+from holdfast.workers.resolver import run_resolver
+from holdfast.workers.settings import WORKERS, WorkerName, WorkerSettings
+
+if TYPE_CHECKING:
+    from holdfast.streams.connection_target import ConnectionTarget
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S: Final = 30.0
+"""How long a worker waits for its server: in a compose file both start together."""
+
+DRAIN_S: Final = 30.0
+"""How long a worker may take to finish what is in hand before it is cancelled."""
+
+_NEEDS_LAKE: Final = frozenset({"archiver", "compactor", "resolver"})
+
+
+class RunningWorkers:
+    """The workers of this process.  Made by :func:`run_workers`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._tasks: dict[WorkerName, asyncio.Task[None]] = {}
+        self._counters: dict[WorkerName, Callable[[], dict[str, Any]]] = {}
+
+    async def wait_failed(self) -> None:
+        """Waits for a worker to fail, and raises what it failed with.  Never returns otherwise."""
+        if not self._tasks:
+            await asyncio.Event().wait()
+        done, _ = await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        raise RuntimeError(f"worker {next(iter(done)).get_name()} ended by itself")
+
+    def counters(self) -> dict[WorkerName, dict[str, Any]]:
+        """Returns what each worker has counted since its start."""
+        return {name: read() for name, read in self._counters.items()}
+
+    def start(self, name: WorkerName, run: Coroutine[Any, Any, None], counters: Callable[[], dict[str, Any]]) -> None:
+        """Starts the loop of a worker; for :func:`run_workers`."""
+        # A bare task: its failure is raised by wait_failed, its end awaited by drain, in an order that a task group
+        # does not have.
+        self._tasks[name] = asyncio.get_running_loop().create_task(run, name=name)
+        self._counters[name] = counters
+
+    def count(self, name: WorkerName, counters: Callable[[], dict[str, Any]]) -> None:
+        """Registers the counters of a worker that has no loop of its own; for :func:`run_workers`."""
+        self._counters[name] = counters
+
+    async def drain(self, name: WorkerName, finish: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Ends the loop of a worker: asked to finish, then cancelled after ``DRAIN_S`` seconds."""
+        task = self._tasks.pop(name)
+        if finish is not None and not task.done():
+            await finish()
+            await asyncio.wait([task], timeout=DRAIN_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        logger.info("worker drained", extra={"action": "worker_drained", "worker": name})
+
+
+@asynccontextmanager
+async def run_workers(
+    target: ConnectionTarget, names: Sequence[WorkerName], settings: WorkerSettings
+) -> AsyncGenerator[RunningWorkers]:
+    """Runs workers in this process; yields when they serve, drains them at the end of the block.
+
+    An archiver that finds another one active waits for its turn without holding up the rest.  Raises DriftError,
+    GapError or another typed error when the streams or the lake are not as they should be; nothing was changed then.
+    """
+    async with AsyncExitStack() as stack:
+        connection = await stack.enter_async_context(
+            open_connection(target, name=f"holdfast-{'-'.join(names)}"[:60], connect_s=CONNECT_S)
+        )
+        lake, index = await _open_lake(stack, settings) if _NEEDS_LAKE.intersection(names) else (None, None)
+        archived = [] if lake is None else await asyncio.to_thread(_archived_streams, lake)
+        streams = await ensure_topology(
+            connection,
+            replicas=settings.replicas,
+            duplicate_window_s=settings.duplicate_window_s,
+            archived=archived,
+        )
+        hot = HotTier(connection, replicas=streams[HOT_STREAM].replicas)
+        stack.push_async_callback(hot.close)
+        workers = RunningWorkers(connection)
+        for name in WORKERS:
+            if name not in names:
+                continue
+            if name == "ingester":
+                await _start_ingester(stack, workers, hot)
+            elif name == "janitor":
+                await _start_janitor(stack, workers)
+            elif lake is not None and index is not None:
+                if name == "archiver":
+                    await _start_archiver(stack, workers, hot, lake, index, settings)
+                elif name == "compactor":
+                    await _start_compactor(stack, workers, lake, settings)
+                else:
+                    await _start_resolver(stack, workers, hot, lake, index)
+            logger.info("worker started", extra={"action": "worker_started", "worker": name})
+        yield workers
+
+
+async def _open_lake(stack: AsyncExitStack, settings: WorkerSettings) -> tuple[Lake, LakeIndex]:
+    def open_both() -> tuple[Lake, LakeIndex]:
+        lake = Lake.open(settings.lake, create=True)
+        return lake, LakeIndex.open(settings.index)
+
+    lake, index = await asyncio.to_thread(open_both)
+    stack.push_async_callback(asyncio.to_thread, lake.close)
+    stack.push_async_callback(asyncio.to_thread, index.close)
+    return lake, index
+
+
+def _archived_streams(lake: Lake) -> list[str]:
+    return [STREAM_OF_TABLE[table] for table in TABLES if lake.watermark(table) is not None]
+
+
+async def _start_ingester(stack: AsyncExitStack, workers: RunningWorkers, hot: HotTier) -> None:
+    ingester = Ingester(workers.connection, hot)
+    await ingester.open()
+    stack.push_async_callback(ingester.close)
+    workers.start("ingester", ingester.run(), lambda: msgspec.structs.asdict(ingester.counters))
+    stack.push_async_callback(workers.drain, "ingester")
+
+
+async def _start_janitor(stack: AsyncExitStack, workers: RunningWorkers) -> None:
+    janitor = Janitor(workers.connection)
+    stack.push_async_callback(janitor.close)
+    workers.start("janitor", janitor.run(), lambda: msgspec.structs.asdict(janitor.counters))
+    stack.push_async_callback(workers.drain, "janitor")
+
+
+async def _start_compactor(
+    stack: AsyncExitStack, workers: RunningWorkers, lake: Lake, settings: WorkerSettings
+) -> None:
+    compactor = Compactor(lake, interval_s=settings.compact_interval_s)
+    stack.push_async_callback(compactor.close)
+    workers.start("compactor", compactor.run(), lambda: msgspec.structs.asdict(compactor.counters))
+    stack.push_async_callback(workers.drain, "compactor")
+
+
+async def _start_archiver(
+    stack: AsyncExitStack,
+    workers: RunningWorkers,
+    hot: HotTier,
+    lake: Lake,
+    index: LakeIndex,
+    settings: WorkerSettings,
+) -> None:
+    active: Archiver | None = None
+    # Set when this archiver is active, or knows that it must wait for another one.
+    settled = asyncio.Event()
+
+    async def run() -> None:
+        nonlocal active
+        async with run_archiver(workers.connection, hot, lake, index, settings, on_standby=settled.set) as archiver:
+            active = archiver
+            settled.set()
+            await archiver.run()
+
+    async def finish() -> None:
+        if active is not None:
+            active.stop()
+
+    def counters() -> dict[str, Any]:
+        return {} if active is None else active.counters()
+
+    workers.start("archiver", run(), counters)
+    stack.push_async_callback(workers.drain, "archiver", finish)
+    waiting = asyncio.ensure_future(settled.wait())
+    failed = asyncio.ensure_future(workers.wait_failed())
+    done, pending = await asyncio.wait({waiting, failed}, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    if failed in done:
+        failed.result()
+
+
+async def _start_resolver(
+    stack: AsyncExitStack, workers: RunningWorkers, hot: HotTier, lake: Lake, index: LakeIndex
+) -> None:
+    counters = await stack.enter_async_context(run_resolver(workers.connection, hot, lake, index))
+    workers.count("resolver", lambda: {name: msgspec.structs.asdict(count) for name, count in counters.items()})
