@@ -20,7 +20,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """The lake's directory, holding its three tables."""
 
     index: Path
-    """The directory of this process's look-up index; a cache, made anew when it is lost."""
+    """The directory of this process's look-up index, a cache that is made anew when it is lost.  When another process
+    uses it, a directory beside it is taken."""
 
     hot_window_s: float = 24 * 3600.0
     """Messages older than this, and archived, leave the hot tier and the event log."""

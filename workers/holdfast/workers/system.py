@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,7 @@ from holdfast.streams.topology import ensure_topology
 from holdfast.streams.wire import HOT_STREAM, STREAM_OF_TABLE
 from holdfast.workers.archiver import Archiver, run_archiver
 from holdfast.workers.compactor import Compactor
+from holdfast.workers.index_directory import claim_index_directory
 from holdfast.workers.ingester import Ingester
 from holdfast.workers.janitor import Janitor
 from holdfast.workers.resolver import run_resolver
@@ -131,7 +133,9 @@ async def run_workers(
 async def _open_lake(stack: AsyncExitStack, settings: WorkerSettings) -> tuple[Lake, LakeIndex]:
     def open_both() -> tuple[Lake, LakeIndex]:
         lake = Lake.open(settings.lake, create=True)
-        return lake, LakeIndex.open(settings.index)
+        directory, claim = claim_index_directory(settings.index)
+        stack.callback(os.close, claim)
+        return lake, LakeIndex.open(directory)
 
     lake, index = await asyncio.to_thread(open_both)
     stack.push_async_callback(asyncio.to_thread, lake.close)

@@ -1,0 +1,65 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.ops.server import EmbeddedServer
+from holdfast.ops.server_config import ServerSettings
+from holdfast.streams.connection_target import ConnectionTarget
+from holdfast.workers.settings import WORKERS, WorkerSettings
+from holdfast.workers.system import run_workers
+
+ROOT = Path(__file__).parents[2]
+
+
+def _python_examples() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", _python_examples())
+async def test_python_example_runs_against_a_running_system(example: str, tmp_path: Path) -> None:
+    async with EmbeddedServer(ServerSettings(data=tmp_path)) as server:
+        target = ConnectionTarget(url=server.info.nats_url, origin="the test")
+        settings = WorkerSettings(lake=tmp_path / "lake", index=tmp_path / "index")
+        async with run_workers(target, WORKERS, settings):
+            environment = {**os.environ, "HOLDFAST_NATS_URL": server.info.nats_url}
+            done = await asyncio.to_thread(
+                subprocess.run,
+                [sys.executable, "-c", example],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "0 planner plan:made {'steps': 3}",
+        "book a flight 24 hot",
+        "1 planner plan:checked {'ok': True}",
+    ]
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    opening = (ROOT / "README.md").read_text()[:1200]
+    assert "$ make demo" in opening
+    assert "$ make test" in opening
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+        if "://" not in link and not link.startswith("mailto:") and not (page.parent / link).exists()
+    ]
+    assert broken == []
