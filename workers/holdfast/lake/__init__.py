@@ -6,31 +6,36 @@ protocol.  ``pip install holdfast[lake]`` is enough for :func:`connect`; the ind
 
 For readers::
 
-    connect(path, nats_url=None, *, tail=None, sandbox=False) -> Connection       # .execute .sql .cursor .close …
+    connect(path, nats_url=None, *, tail=None, index=None, config=None) -> Connection  # .execute .sql .cursor .pinned
     query_events(connection, EventFilter(...), since_ms=, until_ms=, limit=, cursor=) -> EventPage
 
 For the archiver, the compactor and the janitor::
 
     Lake.open(path, *, create=False) -> Lake
-    lake.watermark(table) -> Position | None          # the Delta txn: everything up to it is durable here
+    lake.watermark(table) -> Position | None          # the Delta txn: everything up to it is in the table
+    lake.durable_watermark(table) -> Position | None  # the same after an fsync: what a purge goes by
     lake.anchors(table, from_seq=0) -> list[Anchor]
     lake.append(table, rows, *, epoch, first_seq, last_seq, anchors=()) -> CommitReport
     lake.files(table) -> tuple[FileEntry, ...];  lake.statistics(table) -> TableStatistics
-    lake.version(table) -> int;  lake.refresh(table=None);  lake.close()
+    lake.version(table) -> int;  lake.snapshot(table) -> Snapshot;  lake.refresh(table=None);  lake.close()
     lake.torn_commits() -> list[TornCommit];  lake.set_aside(torn)
-    compact(lake) -> CompactionReport;  vacuum(lake, older_than_s=86_400) -> VacuumReport
-    write_views_file(lake)                            # <lake>/holdfast.duckdb, for plain DuckDB
+    compact(lake, *, policy=None, at_ms=None, tables=TABLES) -> CompactionReport
+    vacuum(lake, older_than_s=86_400, *, orphans_older_than_s=, log_older_than_s=) -> VacuumReport
+    write_views_file(lake) -> Path                    # <lake>/holdfast.duckdb, for plain DuckDB
+    ViewsFile(lake).update() -> bool                  # the same, at most once a second and only on change
 
 For the resolver and for deduplication::
 
     LakeIndex.open(path) -> LakeIndex
-    index.refresh(lake) -> IndexReport;  index.rebuild(lake)
+    index.refresh(lake) -> IndexReport;  index.rebuild(lake);  index.count(table);  index.version(table)
     index.find_contexts(digests) / find_events([(namespace, id)]) / find_key_versions([(namespace, key, version)])
         -> dict[..., Position]
     index.last_key_version(namespace, key) -> tuple[int, Position] | None
-    Lookup(lake, index).get_contexts(digests) -> dict[Digest, ContextRow]
-                       .get_events(ids) -> dict[(namespace, id), EventRow]
-                       .get_body(namespace, digest) -> tuple[ContextRow, bytes] | None    # chunks joined and verified
+    Lookup(lake, index).get_contexts(digests) -> dict[Digest, ContextRow]     # manifests as stored
+                       .get_body(digest) -> tuple[ContextRow, bytes] | None   # chunks joined and verified
+                       .join(manifest_row) -> bytes
+                       .get_events([(namespace, id)]) -> dict[EventKey, EventRow]
+                       .get_key_versions([(namespace, key, version)]) -> dict[VersionKey, KeyVersionRow]
 
 For ``holdfast verify``::
 
@@ -46,7 +51,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from holdfast.lake.compaction import compact, vacuum
-    from holdfast.lake.duck import Connection, connect, write_views_file
+    from holdfast.lake.duck import Connection, ViewsFile, connect, write_views_file
     from holdfast.lake.index import LakeIndex
     from holdfast.lake.lake import Lake
     from holdfast.lake.lookup import Lookup
@@ -62,6 +67,7 @@ __all__ = [
     "LakeIndex",
     "Lookup",
     "Tail",
+    "ViewsFile",
     "compact",
     "connect",
     "query_events",
@@ -79,6 +85,7 @@ _HOME: Final[dict[str, str]] = {
     "LakeIndex": "index",
     "Lookup": "lookup",
     "Tail": "snapshot",
+    "ViewsFile": "duck",
     "compact": "compaction",
     "connect": "duck",
     "query_events": "scan",

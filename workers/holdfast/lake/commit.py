@@ -98,7 +98,8 @@ def create_table(table: Table, directory: Path) -> None:
             configuration=_CONFIGURATION,
             post_commithook_properties=_NO_HOOKS,
         )
-    make_durable(directory, 0)
+    # Whoever made the last commit may have died before its fsync.
+    make_durable(directory, list_versions(directory)[-1])
 
 
 def make_durable(directory: Path, version: int) -> None:

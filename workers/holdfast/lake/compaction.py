@@ -290,14 +290,17 @@ def vacuum(
         snapshot = table.snapshot
         for path in _unreferenced(snapshot):
             removal = snapshot.removals.get(str(path.relative_to(snapshot.directory)))
-            stat = path.stat()
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                continue  # another vacuum was here
             if removal is not None and removal.removed_ms <= now - older_than_s * 1000:
                 replaced += 1
             elif removal is None and stat.st_mtime * 1000 <= now - orphans_older_than_s * 1000:
                 orphaned += 1
             else:
                 continue
-            path.unlink()
+            path.unlink(missing_ok=True)
             size += stat.st_size
         log_files += _clean_log(snapshot.directory, now - log_older_than_s * 1000)
     return VacuumReport(replaced_files=replaced, orphaned_files=orphaned, log_files=log_files, bytes=size)
@@ -325,9 +328,12 @@ def _clean_log(directory: Path, before_ms: float) -> int:
     removed = 0
     for version in list_versions(directory):
         path = commit_path(directory, version)
-        if version >= checkpoints[-2] or path.stat().st_mtime * 1000 > before_ms:
-            break
-        path.unlink()
+        try:
+            if version >= checkpoints[-2] or path.stat().st_mtime * 1000 > before_ms:
+                break
+        except FileNotFoundError:
+            continue  # another vacuum was here
+        path.unlink(missing_ok=True)
         removed += 1
     if removed:
         fsync_directory(directory / LOG_DIRECTORY)

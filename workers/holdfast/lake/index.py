@@ -406,6 +406,10 @@ def _try_open(root: Path) -> _Environment:
         str(root), map_size=_map_bytes(root), max_dbs=8, metasync=False, sync=True, readahead=False, max_readers=512
     )
     try:
+        # Reading a mapped page that the file does not have is a bus error, which nothing can catch.
+        used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if (root / "data.mdb").stat().st_size < used:
+            raise _ForeignIndexError("the file is shorter than its own account of it")
         meta = env.open_db(b"meta")
         with env.begin(write=True) as txn:
             found = txn.get(b"format", db=meta)

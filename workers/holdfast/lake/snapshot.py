@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from holdfast.lake.columns import arrow_schema, to_batch
 from holdfast.lake.log import Snapshot
-from holdfast.schemas.errors import GapError
+from holdfast.schemas.errors import GapError, UnavailableError
 from holdfast.schemas.rows import TABLES, ContextRow, EventRow, Position, Row, Table, TailSnapshot
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Tail(Protocol):
 
     ``read`` returns the rows after ``after``, in stream order, up to the stream's last sequence at the time of the
     call: every row acknowledged before the call is among them.  Without ``after``, or when ``after`` is of another
-    epoch than the stream's, it returns every row that the stream holds.  It may raise UnavailableError.  One call at
-    a time is made for each table; calls for different tables may overlap.
+    epoch than the stream's, it returns every row that the stream holds.  It may raise UnavailableError: then it is
+    asked again if the lake has moved on meanwhile.  One call at a time is made.
     """
 
     def read(self, table: Table, after: Position | None) -> TailSnapshot: ...
@@ -103,7 +103,13 @@ class PictureTaker:
         if self._tail is None:
             return None
         for table, resident in self._resident.items():
-            if not resident.catch_up(snapshots[table], self._tail, self._has_moved):
+            try:
+                if not resident.catch_up(snapshots[table], self._tail, self._has_moved):
+                    return table
+            except UnavailableError:
+                # A purge may also pass while the tail reads, and take away what it waits for.
+                if not self._has_moved(snapshots[table]):
+                    raise
                 return table
         return None
 

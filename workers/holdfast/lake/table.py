@@ -31,10 +31,6 @@ COMMIT_ATTEMPTS: Final = 20
 """How often a commit is tried anew after losing the race for a version number to the compactor.  A lost race
 costs milliseconds, and compaction commits rarely: this many in a row mean that something else is wrong."""
 
-ANCHOR_INTERVAL: Final = 1_000
-"""Rows from one anchor to the next, besides the last."""
-
-
 ChangeMaker = Callable[[Snapshot], Change]
 
 
@@ -171,9 +167,8 @@ class LakeTable:
             self._expected(self.refresh(), epoch, first_seq)
             written = write_rows(self.name, self.directory, _within(rows, first_seq, last_seq), epoch=epoch)
             version = self._commit_append(written, epoch, first_seq, last_seq, anchors)
-            snapshot = self.refresh()
-            if version % CHECKPOINT_INTERVAL == 0 and snapshot.version == version:
-                write_checkpoint(snapshot)
+            if version % CHECKPOINT_INTERVAL == 0 and self._snapshot.version == version:
+                write_checkpoint(self._snapshot)
         return CommitReport(
             table=self.name,
             version=version,
@@ -233,9 +228,11 @@ class LakeTable:
             for _ in range(COMMIT_ATTEMPTS):
                 snapshot = self.refresh()
                 try:
-                    return commit(snapshot, make_change(snapshot))
+                    version = commit(snapshot, make_change(snapshot))
                 except CommitRaceError:
                     continue
+                self.refresh()
+                return version
         raise UnavailableError(
             f"{self.directory} was committed to by others {COMMIT_ATTEMPTS} times in a row",
             hint="see which other process commits to this lake",

@@ -31,13 +31,15 @@ WITH parts AS (
         SELECT namespace, ref, from_json(body, '{"chunks": ["VARCHAR"]}').chunks AS digests
         FROM contexts_stored WHERE form = 'manifest'
     )
-), joined AS (
-    SELECT parts.namespace, parts.ref,
-        CASE WHEN count(*) = count(chunk.ref)
-            THEN from_hex(string_agg(hex(chunk.body_binary), '' ORDER BY position)) END AS bytes
+), pieces AS (
+    SELECT parts.namespace, parts.ref, position, any_value(chunk.body_binary) AS bytes
     FROM parts LEFT JOIN contexts_stored AS chunk
         ON chunk.form = 'chunk' AND chunk.ref = 'ctx_chunk_' || parts.digest AND chunk.namespace = parts.namespace
-    GROUP BY parts.namespace, parts.ref
+    GROUP BY parts.namespace, parts.ref, position
+), joined AS (
+    SELECT namespace, ref,
+        CASE WHEN count(*) = count(bytes) THEN from_hex(string_agg(hex(bytes), '' ORDER BY position)) END AS bytes
+    FROM pieces GROUP BY namespace, ref
 )
 SELECT ref, namespace, kind, content_type, body, coalesce(body_binary, encode(body)) AS body_bytes, size,
     created_at, expires_at, epoch, stream_seq, day
