@@ -64,6 +64,10 @@ class _Holder(msgspec.Struct):
     start_ticks: int | None
 
 
+class DirectoryInUseError(DataDirectoryError):
+    """Another process holds the data directory; it may give it up."""
+
+
 class DataDirectory:
     """An exclusive hold on a data directory, from :meth:`open` to :meth:`close`."""
 
@@ -167,7 +171,10 @@ class DataDirectory:
                 holder = _read_holder(fd)
                 if holder is not None and process_start_ticks(holder.pid) == holder.start_ticks:
                     who = "this process" if holder.pid == os.getpid() else f"process {holder.pid}"
-                    raise self._in_use(who, f"stop it with: kill {holder.pid}") from error
+                    in_use = self._in_use(who, f"stop it with: kill {holder.pid}")
+                    if holder.pid == os.getpid():
+                        raise in_use from error
+                    raise DirectoryInUseError(in_use.message, field=in_use.field, hint=in_use.hint) from error
                 if time.monotonic() >= deadline:
                     raise self._left_behind() from error
             time.sleep(pause)

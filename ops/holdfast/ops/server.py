@@ -80,7 +80,7 @@ class EmbeddedServer:
         self._closing = asyncio.Lock()
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Self:
+    def from_settings(cls, settings: Settings, *, announce: bool = True) -> Self:
         """Returns the server that the merged settings describe."""
         return cls(
             ServerSettings(
@@ -91,6 +91,7 @@ class EmbeddedServer:
                 max_store_bytes=settings.max_store_bytes,
                 start_timeout_s=settings.start_timeout_s,
                 stop_timeout_s=settings.stop_timeout_s,
+                announce=announce,
             )
         )
 
@@ -243,6 +244,8 @@ class EmbeddedServer:
             started_at=datetime.now(UTC),
             data=str(data),
         )
+        if not self._settings.announce:
+            return info
         try:
             write_atomically(data / SERVER_FILE, msgspec.json.encode(info), durable=False)
         except OSError as error:

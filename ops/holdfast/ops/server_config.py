@@ -49,6 +49,8 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Most bytes of all streams; None is what they hold now and three quarters of the free disk."""
     start_timeout_s: float = 60.0
     stop_timeout_s: float = 10.0
+    announce: bool = True
+    """Whether others on this machine find it, by ``server.json``: not for one that lasts as long as a command."""
 
 
 def find_server_binary() -> Path:

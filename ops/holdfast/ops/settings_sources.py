@@ -16,8 +16,8 @@ CONFIG_FILE: Final = "holdfast.toml"
 CONFIG_VARIABLE: Final = "HOLDFAST_CONFIG"
 ENV_PREFIX: Final = "HOLDFAST_"
 
-# HOLDFAST_ names that are not settings: where settings are, failpoints, and those of the test suite.
-_RESERVED: Final = (CONFIG_VARIABLE, "HOLDFAST_FAILPOINTS", "HOLDFAST_TRACES")
+# HOLDFAST_ names that are not settings: where settings are, failpoints, tracebacks, and those of the test suite.
+_RESERVED: Final = (CONFIG_VARIABLE, "HOLDFAST_FAILPOINTS", "HOLDFAST_DEBUG", "HOLDFAST_TRACES")
 _TEST_PREFIX: Final = "HOLDFAST_TEST_"
 
 

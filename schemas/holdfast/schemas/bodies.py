@@ -41,13 +41,13 @@ def encode_body(body: Body, content_type: str | None = None) -> tuple[bytes, str
             raw = body.encode()
         except UnicodeEncodeError as error:
             raise InvalidBodyError("body holds a lone surrogate", field="body", hint="send well-formed text") from error
-        chosen = content_type or TEXT
+        chosen = TEXT if content_type is None else content_type
     elif isinstance(body, bytes | bytearray | memoryview):
         raw = bytes(body)
-        chosen = content_type or BINARY
+        chosen = BINARY if content_type is None else content_type
     else:
         raw = encode_json(body)
-        chosen = content_type or JSON
+        chosen = JSON if content_type is None else content_type
     check_size(raw)
     check_content_type(chosen)
     if chosen == JSON:

@@ -49,6 +49,9 @@ KIND_CHARS: Final = 64
 ID_CHARS: Final = 256
 """Longest session, correlation, client or originator id, in characters."""
 
+TAGS: Final = 64
+"""Most tags of one version of a named context."""
+
 CONTENT_TYPE_CHARS: Final = 128
 """Longest content type."""
 

@@ -74,6 +74,15 @@ def _not_a_token(token: str) -> InvalidNameError:
     )
 
 
+def is_well_formed(text: str) -> bool:
+    """Whether ``text`` has a form in UTF-8: no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_namespace(namespace: object) -> str:
     """Returns ``namespace`` when it is text of 1 to 64 UTF-8 bytes; raises InvalidNameError otherwise."""
     return _check(namespace, "namespace", limits.NAMESPACE_BYTES)

@@ -12,6 +12,7 @@ import msgspec
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, UnavailableError
 from holdfast.schemas.refs import Digest
 from holdfast.streams.codec import unseal
+from holdfast.streams.lean import is_no_responder
 from holdfast.streams.retry import NOBODY_S, READ_DEADLINE_S, NoResponderError, call_with_retry
 from holdfast.streams.service import ErrorBody, ErrorReply
 from holdfast.streams.wire import H_CREATED, H_DIGEST, H_END, H_SERVICE_ERROR, service_subject
@@ -28,9 +29,13 @@ _SILENCE_S: Final = 10.0
 
 
 class FetchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Asks for stored forms by digest; the answer is a message for each that was found, then one with ``Hf-End``."""
+    """Asks for stored forms by digest; the answer is a message for each that was found, then one with ``Hf-End``.
+
+    ``cold``: of the lake alone, when the hot copy has proved to be damaged.
+    """
 
     digests: list[Digest]
+    cold: bool = False
 
 
 class FetchEnd(msgspec.Struct, frozen=True):
@@ -54,17 +59,20 @@ class ResolverClient:
         self._connection = connection
         self._namespace = namespace
 
-    async def fetch(self, digests: Sequence[Digest]) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
+    async def fetch(
+        self, digests: Sequence[Digest], *, cold: bool = False
+    ) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
         """Returns stored forms (a manifest stays one) by digest, each checked, and the errors of the damaged ones.
 
-        Digests that are stored nowhere are in neither.  Raises UnavailableError when no resolver runs.
+        Digests that are stored nowhere are in neither; with ``cold``, those that the lake does not hold.  Raises
+        UnavailableError when no resolver runs.
         """
         found: dict[Digest, ContextRow] = {}
         failed: dict[Digest, HoldfastError] = {}
         for start in range(0, len(digests), _FETCH):
             page = list(digests[start : start + _FETCH])
             rows, errors = await call_with_retry(
-                partial(self._fetch, page), deadline_s=READ_DEADLINE_S, nobody_s=NOBODY_S
+                partial(self._fetch, FetchRequest(page, cold)), deadline_s=READ_DEADLINE_S, nobody_s=NOBODY_S
             )
             found |= rows
             failed |= errors
@@ -89,10 +97,10 @@ class ResolverClient:
         except msgspec.DecodeError as error:
             raise UnavailableError(f"the answer of {subject} is not a JSON object", hint=_FOREIGN) from error
 
-    async def _fetch(self, page: list[Digest]) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
+    async def _fetch(self, asked: FetchRequest) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
         found: dict[Digest, ContextRow] = {}
         failed: dict[Digest, HoldfastError] = {}
-        request = msgspec.json.encode(FetchRequest(page))
+        request = msgspec.json.encode(asked)
         async with self._connection.lean.stream(service_subject(self._namespace, "fetch"), request) as queue:
             while True:
                 try:
@@ -102,7 +110,7 @@ class ResolverClient:
                 headers = message.headers or {}
                 if H_SERVICE_ERROR in headers:
                     raise _refusal(message)
-                if headers.get("Status") == "503" and not message.data:
+                if is_no_responder(message):
                     raise _no_resolver()
                 if H_END in headers:
                     end = _end(message)

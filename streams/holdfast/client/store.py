@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from holdfast.client.model import Context, Event, Resolved, Tier
 from holdfast.client.near_cache import DEFAULT_BYTES, NearCache
 from holdfast.schemas.bodies import Body, encode_body
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, InvalidRefError, NotFoundError
-from holdfast.schemas.ids import EventId, new_event_id, normal_event_id, now_ms, utc_from_ms
+from holdfast.schemas.ids import EventId, ms_from_utc, new_event_id, normal_event_id, now_ms, utc_from_ms
 from holdfast.schemas.names import check_agent, check_kind, check_namespace
 from holdfast.schemas.refs import Digest, Ref, parse_ref
 from holdfast.schemas.rows import ContextRow
@@ -22,7 +23,7 @@ from holdfast.streams.codec import decode_manifest, join
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.connection_target import ConnectionTarget
 from holdfast.streams.discovery import require_connection
-from holdfast.streams.events import EventLog, NewEvent
+from holdfast.streams.events import EventLog, NewEvent, check_id_text
 from holdfast.streams.hot import HotTier, NewContext
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import HOT_STREAM
@@ -297,21 +298,39 @@ class Holdfast:
     ) -> tuple[dict[Digest, ContextRow], dict[Digest, Tier], dict[Digest, HoldfastError]]:
         """Whole contexts by digest, hot before cold; a damaged hot copy is passed over for a sound cold one."""
         stored, tiers, failed = await self._load_stored(digests)
+        broken = await self._join(stored)
+        again = [digest for digest in broken if tiers[digest] == "hot"]
+        if again:
+            # A manifest shows only when it is put together that it is none of its digest.
+            cold, _ = await self._resolver.fetch(again, cold=True)
+            still_broken = await self._join(cold)
+            stored |= cold
+            tiers |= dict.fromkeys(cold, "lake")
+            broken = {digest: error for digest, error in broken.items() if digest not in cold} | still_broken
+        return stored, tiers, failed | broken
+
+    async def _join(self, stored: dict[Digest, ContextRow]) -> dict[Digest, HoldfastError]:
+        """Puts whole contexts in the place of manifests; takes out those that cannot be, and returns their errors."""
         manifests = [row for row in stored.values() if row.form == "manifest"]
-        if manifests:
-            parts = list(dict.fromkeys(digest for row in manifests for digest in decode_manifest(row.body).chunks))
-            chunks, _, chunk_errors = await self._load_stored(parts)
-            bodies = {digest: row.body for digest, row in chunks.items()}
-            for row in manifests:
-                lost = [digest for digest in decode_manifest(row.body).chunks if digest not in bodies]
-                if lost:
-                    failed[row.digest] = chunk_errors.get(lost[0]) or NotFoundError(
-                        f"{len(lost)} chunks of {row.ref} are stored nowhere", hint="run 'holdfast verify'"
-                    )
-                    del stored[row.digest]
-                else:
-                    stored[row.digest] = join(row, bodies)
-        return stored, tiers, failed
+        if not manifests:
+            return {}
+        parts = list(dict.fromkeys(digest for row in manifests for digest in decode_manifest(row.body).chunks))
+        chunks, _, chunk_errors = await self._load_stored(parts)
+        bodies = {digest: row.body for digest, row in chunks.items()}
+        broken: dict[Digest, HoldfastError] = {}
+        for row in manifests:
+            del stored[row.digest]
+            lost = [digest for digest in decode_manifest(row.body).chunks if digest not in bodies]
+            if lost:
+                broken[row.digest] = chunk_errors.get(lost[0]) or NotFoundError(
+                    f"{len(lost)} chunks of {row.ref} are stored nowhere", hint="run 'holdfast verify'"
+                )
+                continue
+            try:
+                stored[row.digest] = await asyncio.to_thread(join, row, bodies)
+            except HoldfastError as error:
+                broken[row.digest] = error
+        return broken
 
     async def _load_stored(
         self, digests: list[Digest]
@@ -373,7 +392,7 @@ class Holdfast:
         if event_id is None:
             identity = new_event_id()
         else:
-            identity, source_id = normal_event_id(self.namespace, event_id)
+            identity, source_id = normal_event_id(self.namespace, check_id_text(event_id, "event_id"))
         parent_id, root_id, depth = None, None, 0
         if isinstance(parent, Event):
             parent_id = parent.event_id
@@ -382,7 +401,7 @@ class Holdfast:
             session = session if session is not None else parent.session_id
             correlation = correlation if correlation is not None else parent.correlation_id
         elif parent is not None:
-            parent_id, _ = normal_event_id(self.namespace, parent)
+            parent_id, _ = normal_event_id(self.namespace, check_id_text(parent, "parent"))
             depth = 1
         return NewEvent(
             namespace=self.namespace,
@@ -409,7 +428,7 @@ def _event_of(event: NewEvent) -> Event:
         name=event.name,
         namespace=event.namespace,
         agent_id=event.agent_id,
-        timestamp=utc_from_ms(event.timestamp_ms),
+        timestamp=utc_from_ms(now_ms() if event.timestamp_ms is None else event.timestamp_ms),
         session_id=event.session_id,
         correlation_id=event.correlation_id,
         parent_event_id=None if event.parent_event_id is None else EventId(event.parent_event_id),
@@ -447,7 +466,10 @@ def _ms(moment: object, field: str) -> int:
         raise InvalidFieldError(
             f"{field} is not a datetime with a time zone", field=field, hint="use datetime.now(UTC)"
         )
-    return round(moment.timestamp() * 1000)
+    at_ms = ms_from_utc(moment)
+    if at_ms < 0:
+        raise InvalidFieldError(f"{field} {moment.isoformat()} is before 1970", field=field)
+    return at_ms
 
 
 def _iso(moment: datetime, field: str) -> str:

@@ -106,8 +106,9 @@ async def open_connection(
     is_closing = False
 
     async def on_error(error: Exception) -> None:
-        # While connecting, the last error is raised, and says more.
-        level = logging.DEBUG if connection is None else logging.WARNING
+        # While connecting, the last error is raised, and says more; while reconnecting, each attempt would be one.
+        is_expected = connection is None or is_closing or not connection.client.is_connected
+        level = logging.DEBUG if is_expected else logging.WARNING
         logger.log(level, "nats error", extra={"action": "nats_error", "error": repr(error)})
 
     async def on_disconnected() -> None:
@@ -181,7 +182,10 @@ async def _close(client: Client) -> None:
             await asyncio.wait_for(client.flush(), 2)
     except (TimeoutError, nats.errors.Error, OSError):
         logger.debug("flush before closing failed", exc_info=True)
-    await client.close()
+    try:
+        await client.close()
+    except OSError:
+        logger.debug("closing failed", exc_info=True)
 
 
 __all__ = ["ApiError", "Connection", "Msg", "open_connection"]

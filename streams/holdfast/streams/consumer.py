@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from holdfast.schemas import limits
 from holdfast.schemas.errors import DriftError, UnavailableError
 from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery
 from holdfast.streams.topology import stream_info
@@ -27,6 +28,9 @@ MAX_ACK_PENDING: Final = 2_000
 """Deliveries that may be unsettled at once, of all processes together: four full batches."""
 
 BATCH: Final = 500
+PULL_BYTES: Final = 16 * limits.MIB
+"""Most bytes asked for at once: bounds what waits in the queue; many times the largest message."""
+
 _EXPIRES_S: Final = 20.0
 _HEARTBEAT_S: Final = 5.0
 _NS: Final = 1_000_000_000
@@ -143,6 +147,7 @@ class DurableConsumer:
         self._open_pull = f"{self._inbox}.{self._pulls}"
         request = {
             "batch": BATCH,
+            "max_bytes": max(PULL_BYTES, 2 * self._connection.client.max_payload),
             "expires": int(_EXPIRES_S * _NS),
             "idle_heartbeat": int(_HEARTBEAT_S * _NS),
         }

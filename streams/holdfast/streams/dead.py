@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from holdfast.schemas.errors import UnavailableError
 from holdfast.streams.publish import SUBJECT_FULL, WRONG_LAST_SEQUENCE, Outgoing, Refused, publish
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
@@ -80,11 +81,14 @@ async def _create(connection: Connection, letter: Outgoing) -> bool:
     except Refused as refusal:
         if refusal.err_code in (WRONG_LAST_SEQUENCE, SUBJECT_FULL):
             return False
-        raise
+        raise UnavailableError(
+            f"a dead letter could not be stored: {refusal}",
+            hint="see the server's log and its limits of storage; the message stays where it is meanwhile",
+        ) from refusal
     return True
 
 
-async def read_dead_letters(connection: Connection, *, after_seq: int = 0) -> AsyncIterator[tuple[int, DeadLetter]]:
+async def read_dead_letters(connection: Connection, *, after_seq: int = 0) -> AsyncGenerator[tuple[int, DeadLetter]]:
     """Yields (sequence in CTX_DEAD, letter), oldest first, as of the time of the call."""
     info = await stream_info(connection, DEAD_STREAM)
     reader = StreamReader(connection, DEAD_STREAM, max(after_seq + 1, info.first_seq), allow_gaps=True)

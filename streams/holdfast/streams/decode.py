@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
+from msgspec import Meta
 
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import check_json
@@ -32,6 +33,7 @@ from holdfast.streams.wire import (
     H_MSG_ID,
     H_TRACEPARENT,
     HOT_PREFIX,
+    message_id,
     parse_event_subject,
     parse_hot_subject,
     parse_key_subject,
@@ -75,26 +77,30 @@ class EventBody(msgspec.Struct, omit_defaults=True, kw_only=True):
     v: int | None = None
 
 
+_Label = Annotated[str, Meta(max_length=limits.ID_CHARS)]
+_Milliseconds = Annotated[int, Meta(ge=0, le=MAX_MS)]
+
+
 class KeyVersionBody(msgspec.Struct, omit_defaults=True, kw_only=True):
     """A version of a named context on the wire."""
 
-    version: int
+    version: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     op: Op
     ref: str | None = None
-    event_id: str | None = None
-    changed_by: str | None = None
-    change_type: str | None = None
-    tags: tuple[str, ...] = ()
-    session_id: str | None = None
-    agent_id: str | None = None
-    timestamp_ms: int = 0
-    expires_at_ms: int | None = None
-    source: str | None = None
+    event_id: _Label | None = None
+    changed_by: _Label | None = None
+    change_type: _Label | None = None
+    tags: Annotated[tuple[_Label, ...], Meta(max_length=limits.TAGS)] = ()
+    session_id: _Label | None = None
+    agent_id: _Label | None = None
+    timestamp_ms: _Milliseconds = 0
+    expires_at_ms: _Milliseconds | None = None
+    source: _Label | None = None
     confidence: float | None = None
-    proposed_by: str | None = None
-    approved_by: str | None = None
-    approved_at_ms: int | None = None
-    v: int = 1
+    proposed_by: _Label | None = None
+    approved_by: _Label | None = None
+    approved_at_ms: _Milliseconds | None = None
+    v: Literal[1] = 1
 
 
 _KEY_VERSION: Final = msgspec.json.Decoder(KeyVersionBody)
@@ -226,7 +232,7 @@ class _Members:
         version = self.value("v")
         if version not in (None, 1):
             raise InvalidFieldError(
-                f"event has version {version!r}, this release reads 1", field="v", hint="upgrade holdfast"
+                f"event has version {repr(version)[:40]}, this release reads 1", field="v", hint="upgrade holdfast"
             )
 
     def raw(self, field: str) -> bytes | None:
@@ -265,8 +271,7 @@ def _identity(namespace: str, members: _Members, message: StoredMessage) -> tupl
     given = members.text("id") or members.text("event_id")
     if given is None:
         header = message.headers.get(H_MSG_ID, "")
-        # Holdfast's own form is <namespace>.<id>: the server's duplicate check spans all namespaces of a stream.
-        given = header.removeprefix(f"{namespace}.") or None
+        given = header.removeprefix(message_id(namespace, "")) or None
         if given is not None and len(given) > limits.ID_CHARS:
             raise InvalidFieldError(f"{H_MSG_ID} is over {limits.ID_CHARS} characters", field=H_MSG_ID)
     if given is None:
@@ -279,9 +284,9 @@ def _traceparent(given: str | None) -> str | None:
     return given if given is not None and is_traceparent(given) else None
 
 
-def is_traceparent(text: str) -> bool:
-    """Whether ``text`` has the form of a W3C ``traceparent``, of this or of a later version."""
-    return _TRACEPARENT.match(text) is not None
+def is_traceparent(given: object) -> bool:
+    """Whether ``given`` has the form of a W3C ``traceparent``, of this or of a later version."""
+    return isinstance(given, str) and _TRACEPARENT.match(given) is not None
 
 
 def _lineage_id(namespace: str, given: str | None) -> str | None:
@@ -310,7 +315,8 @@ def _context(namespace: str, members: _Members) -> tuple[Ref | None, NewContext 
 def _timestamp(value: Any, event_id: str, stored_at_ms: int) -> int:
     """Milliseconds of the producer's time: as given, else as its UUIDv7 says, else the server's."""
     if value is None:
-        return int(event_id.replace("-", "")[:12], 16) if event_id[14] == "7" else stored_at_ms
+        of_id = _time_in(event_id)
+        return stored_at_ms if of_id is None else of_id
     if isinstance(value, str):
         try:
             moment = datetime.fromisoformat(value)
@@ -335,7 +341,15 @@ def _bad_timestamp(value: object) -> InvalidFieldError:
 
 def timestamps_agree(event_id: str, timestamp_ms: int) -> bool:
     """Whether an event's time need not be sent, since its UUIDv7 says the same."""
-    return event_id[14] == "7" and int(event_id.replace("-", "")[:12], 16) == timestamp_ms
+    return _time_in(event_id) == timestamp_ms
+
+
+def _time_in(event_id: str) -> int | None:
+    """The milliseconds that a UUIDv7 begins with; None for another version, or when they are beyond the year 9999."""
+    if event_id[14] != "7":
+        return None
+    at_ms = int(event_id.replace("-", "")[:12], 16)
+    return at_ms if at_ms <= MAX_MS else None
 
 
 __all__ = [

@@ -11,24 +11,29 @@ from holdfast.schemas import limits
 from holdfast.schemas.bodies import check_nesting, encode_json
 from holdfast.schemas.errors import InvalidFieldError, TooLargeError
 from holdfast.schemas.ids import MAX_MS, iso_from_ms, new_event_id, normal_event_id, now_ms
+from holdfast.schemas.names import is_well_formed
 from holdfast.schemas.refs import Ref, parse_ref
 from holdfast.streams.committer import Committer, Settled
 from holdfast.streams.decode import MAX_DEPTH, EventBody, is_traceparent, timestamps_agree
 from holdfast.streams.publish import Outgoing
-from holdfast.streams.wire import H_MSG_ID, H_TRACEPARENT, event_subject
+from holdfast.streams.wire import H_MSG_ID, H_TRACEPARENT, event_subject, message_id
 
 if TYPE_CHECKING:
     from holdfast.streams.connection import Connection
 
 
 class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """An event to be published.  ``id`` makes a repetition harmless: one id is stored once."""
+    """An event to be published.  ``id`` makes a repetition harmless: one id is stored once.
+
+    ``timestamp_ms`` None leaves the time to the server: what a producer repeats without knowing when it happened must
+    say the same each time.
+    """
 
     namespace: str
     agent_id: str
     name: str
     id: str = msgspec.field(default_factory=new_event_id)
-    timestamp_ms: int = msgspec.field(default_factory=now_ms)
+    timestamp_ms: int | None = msgspec.field(default_factory=now_ms)
     data: Any = None
     context_ref: Ref | None = None
     session_id: str | None = None
@@ -64,15 +69,13 @@ def encode_event(event: NewEvent) -> Outgoing:
     """Returns the message of an event; raises a typed error naming the field that may not be sent."""
     for field in ("session_id", "correlation_id", "client_id", "originator", "source_id"):
         value = getattr(event, field)
-        if value is not None and not (isinstance(value, str) and 0 < len(value) <= limits.ID_CHARS):
-            raise InvalidFieldError(
-                f"{field} is not text of 1 to {limits.ID_CHARS} characters", field=field, limit=limits.ID_CHARS
-            )
+        if value is not None:
+            check_id_text(value, field)
     for field in ("id", "parent_event_id", "root_event_id"):
         _check_event_id(getattr(event, field), field, is_optional=field != "id")
     if event.context_ref is not None:
         parse_ref(event.context_ref)
-    if not 0 <= event.timestamp_ms <= MAX_MS:
+    if event.timestamp_ms is not None and not 0 <= event.timestamp_ms <= MAX_MS:
         raise InvalidFieldError("timestamp is not from 1970 to 9999", field="timestamp", limit=MAX_MS)
     if not 0 <= event.event_depth <= MAX_DEPTH:
         raise InvalidFieldError(
@@ -80,7 +83,9 @@ def encode_event(event: NewEvent) -> Outgoing:
         )
     if event.traceparent is not None and not is_traceparent(event.traceparent):
         raise InvalidFieldError(
-            f"traceparent {event.traceparent[:60]!r} is not of the W3C form", field="traceparent", hint="leave it out"
+            f"traceparent {repr(event.traceparent)[:60]} is not of the W3C form",
+            field="traceparent",
+            hint="leave it out",
         )
     data = None
     if event.data is not None:
@@ -89,8 +94,9 @@ def encode_event(event: NewEvent) -> Outgoing:
         raw = encode_json(event.data, field="data")
         check_nesting(raw, field="data")
         data = msgspec.Raw(raw)
+    at_ms = event.timestamp_ms
     body = EventBody(
-        timestamp=None if timestamps_agree(event.id, event.timestamp_ms) else iso_from_ms(event.timestamp_ms),
+        timestamp=None if at_ms is None or timestamps_agree(event.id, at_ms) else iso_from_ms(at_ms),
         session_id=event.session_id,
         correlation_id=event.correlation_id,
         parent_event_id=event.parent_event_id,
@@ -111,10 +117,19 @@ def encode_event(event: NewEvent) -> Outgoing:
             limit=limits.EVENT_BYTES,
             hint="store what is large with put, and pass its reference as context",
         )
-    headers = {H_MSG_ID: f"{event.namespace}.{event.id}"}
+    headers = {H_MSG_ID: message_id(event.namespace, event.id)}
     if event.traceparent is not None:
         headers[H_TRACEPARENT] = event.traceparent
     return Outgoing(event_subject(event.namespace, event.agent_id, event.name), headers, payload)
+
+
+def check_id_text(value: object, field: str) -> str:
+    """Returns ``value`` when it is well-formed text of 1 to 256 characters; raises InvalidFieldError otherwise."""
+    if isinstance(value, str) and 0 < len(value) <= limits.ID_CHARS and is_well_formed(value):
+        return value
+    raise InvalidFieldError(
+        f"{field} is not well-formed text of 1 to {limits.ID_CHARS} characters", field=field, limit=limits.ID_CHARS
+    )
 
 
 def _check_event_id(value: object, field: str, *, is_optional: bool) -> None:

@@ -255,7 +255,7 @@ def _row(namespace: str, digest: str, message: Msg) -> ContextRow:
 
 def _status(message: Msg) -> str | None:
     """The status of a direct get's answer, or None when it is a message: that may carry a header Status of its own."""
-    return None if _header(message, H_SUBJECT) else _header(message, H_STATUS)
+    return None if _header(message, H_SEQUENCE) else _header(message, H_STATUS)
 
 
 def _header(message: Msg, name: str) -> str:

@@ -17,7 +17,7 @@ import nats.errors
 
 from holdfast.schemas.errors import HoldfastError, UnavailableError, UnknownOutcomeError
 from holdfast.streams.retry import ATTEMPT_S, NoResponderError
-from holdfast.streams.wire import H_STATUS
+from holdfast.streams.wire import H_SEQUENCE, H_STATUS
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -167,7 +167,7 @@ class Lean:
         future = self._take(token)
         if future is None or future.done():
             return
-        if message.headers is not None and message.headers.get(H_STATUS) == _NO_RESPONDERS and not message.data:
+        if is_no_responder(message):
             future.set_exception(NoResponderError("nobody answers this subject", field="subject"))
         else:
             future.set_result(message)
@@ -190,3 +190,9 @@ class Lean:
                     future.set_exception(
                         UnknownOutcomeError("no answer came in time", hint="the same call may be sent again")
                     )
+
+
+def is_no_responder(message: Msg) -> bool:
+    """Whether a reply is the server's word that nobody listens, and not a stored message with such a header."""
+    headers = message.headers or {}
+    return headers.get(H_STATUS) == _NO_RESPONDERS and not message.data and H_SEQUENCE not in headers

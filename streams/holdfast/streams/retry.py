@@ -51,20 +51,30 @@ async def call_with_retry(call: Callable[[], Awaitable[T]], *, deadline_s: float
     started = loop.time()
     try:
         return await call()
-    except RetryError:
+    except RetryError as first_error:
 
-        def left_s(state: RetryCallState) -> float:
-            error = None if state.outcome is None else state.outcome.exception()
+        def left_s(error: BaseException | None) -> float:
             is_nobody = nobody_s is not None and isinstance(error, NoResponderError)
             limit_s = nobody_s if is_nobody and nobody_s is not None else deadline_s
             return started + limit_s - loop.time()
 
+        if left_s(first_error) <= 0:
+            raise
         backoff = wait_random_exponential(multiplier=0.05, max=2.0)
         policy = AsyncRetrying(
             retry=retry_if_exception_type(RetryError),
-            stop=lambda state: left_s(state) <= 0,
+            stop=lambda state: left_s(_error(state)) <= 0,
             # The last attempt is made at the deadline, not at some time after it.
-            wait=lambda state: max(0.0, min(backoff(state), left_s(state))),
+            wait=lambda state: max(0.0, min(backoff(state), left_s(_error(state)))),
             reraise=True,
         )
-        return await policy(call)
+
+        # tenacity awaits only what is a coroutine function itself; of a lambda it would return the coroutine.
+        async def attempt() -> T:
+            return await call()
+
+        return await policy(attempt)
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return None if state.outcome is None else state.outcome.exception()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUESTS: Final = 512
 """Requests under way at once: enough to keep the disk and the server busy, bounded for memory's sake."""
+
+_FIELD_CHARS: Final = 100
+"""Longest name of an unknown member repeated in an error."""
 
 DRAIN_S: Final = 10.0
 """How long a stopping service waits for the requests under way."""
@@ -175,15 +179,33 @@ async def _refuse(request: Request, error: HoldfastError) -> None:
         logger.debug("an error reply could not be sent", exc_info=True)
 
 
+# msgspec says which member is wrong, and what its bound is, in its message alone:
+#   Expected `str` of length <= 256 - at `$.session_id`
+#   Object missing required field `ref`
+_AT: Final = re.compile(r" - at `\$\.?([^`]*)`\Z")
+_MEMBER: Final = re.compile(r"(?:missing required|contains unknown) field `([^`]+)`")
+_BOUND: Final = re.compile(r"[<>]= (\d+)")
+
+
+def _invalid(message: str) -> InvalidFieldError:
+    place = _AT.search(message)
+    text = message if place is None else message[: place.start()]
+    member = _MEMBER.search(text)
+    bound = _BOUND.search(text)
+    path = [place[1] if place else "", member[1] if member else ""]
+    return InvalidFieldError(
+        f"request does not fit: {text[:300]}",
+        field=".".join(filter(None, path))[:_FIELD_CHARS] or "request",
+        limit=int(bound[1]) if bound else None,
+    )
+
+
 def decode_request(payload: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
     """Returns a request decoded by ``decoder``; raises InvalidFieldError naming what is wrong with it."""
     try:
         return decoder.decode(payload or b"{}")
     except msgspec.ValidationError as error:
-        # msgspec ends its message with the path of the offending member: … - at `$.limit`
-        text, _, path = str(error).partition(" - at `$")
-        field = path.rstrip("`").lstrip(".") or None
-        raise InvalidFieldError(f"request does not fit: {text}", field=field or "request") from error
+        raise _invalid(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidFieldError(
             f"request is not JSON: {error}", field="request", hint='send a JSON object, such as {"ref": "ctx_…"}'

@@ -63,10 +63,12 @@ class ResidentTail:
             after_seq = after.seq if after is not None and after.epoch == info.epoch else 0
             if info.messages and info.first_seq > after_seq + 1 and after_seq:
                 return TailSnapshot(rows=[], epoch=info.epoch, first_seq=info.first_seq, last_seq=info.last_seq)
-            if info.epoch != self._epoch or after_seq < self._after or self._reader is None:
+            is_behind = self._reader is None or self._reader.next_seq <= after_seq
+            if info.epoch != self._epoch or after_seq < self._after or is_behind:
                 await self._restart(info.epoch, max(after_seq, info.first_seq - 1))
-            await self._catch_up(info.last_seq)
+            # First: what is archived does not count against the bounds of what is not.
             self._forget_up_to(after_seq)
+            await self._catch_up(info.last_seq)
             rows = [row for row in self._rows if row.seq <= info.last_seq]
             return TailSnapshot(rows=rows, epoch=info.epoch, first_seq=info.first_seq, last_seq=info.last_seq)
 

@@ -21,6 +21,7 @@ from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, H_SEQUENCE, H_STAT
 logger = logging.getLogger(__name__)
 
 EPOCH_KEY: Final = "holdfast.epoch"
+EPOCH_START_KEY: Final = "holdfast.epoch-start"
 VERSION_KEY: Final = "holdfast.version"
 LAYOUT_VERSION: Final = "1"
 
@@ -33,7 +34,8 @@ _NS: Final = 1_000_000_000
 
 
 class StreamInfo(msgspec.Struct, frozen=True):
-    """What a stream said of itself.  ``epoch`` names this life of the stream."""
+    """What a stream said of itself.  ``epoch`` names this life of the stream, which began at ``epoch_start``: what
+    stands before belongs to an earlier one, and is archived."""
 
     name: str
     epoch: str
@@ -42,6 +44,7 @@ class StreamInfo(msgspec.Struct, frozen=True):
     messages: int
     bytes: int
     replicas: int
+    epoch_start: int = 1
 
 
 def declarations(*, replicas: int = 1, duplicate_window_s: float = 600.0) -> dict[str, dict[str, Any]]:
@@ -176,6 +179,23 @@ async def purge_below(connection: Connection, name: str, seq: int) -> int:
     return int((await connection.api(f"STREAM.PURGE.{name}", {"seq": seq}, timeout_s=PURGE_S))["purged"])
 
 
+async def begin_epoch(connection: Connection, name: str, start: int) -> StreamInfo:
+    """Begins another life of a stream at a sequence, and returns the stream's state.
+
+    For a stream that lost its tail: positions of the old life name what was lost, those of the new one what has taken
+    the same sequences since.  No message is touched.
+    """
+    config: dict[str, Any] = (await connection.api(f"STREAM.INFO.{name}"))["config"]
+    epoch = secrets.token_hex(8)
+    metadata = config.get("metadata", {}) | {EPOCH_KEY: epoch, EPOCH_START_KEY: str(start)}
+    answer = await connection.api(f"STREAM.UPDATE.{name}", config | {"metadata": metadata})
+    logger.warning(
+        "stream begins a new epoch",
+        extra={"action": "epoch_begun", "stream": name, "epoch": epoch, "start": start},
+    )
+    return _info(answer)
+
+
 async def first_seq_since(connection: Connection, name: str, at_ms: int) -> int | None:
     """Returns the sequence of the first message stored at or after a time, or None when every message is older."""
     moment = iso_from_ms(at_ms)
@@ -214,6 +234,7 @@ def _info(answer: dict[str, Any]) -> StreamInfo:
         messages=state["messages"],
         bytes=state["bytes"],
         replicas=answer["config"].get("num_replicas", 1),
+        epoch_start=int(answer["config"].get("metadata", {}).get(EPOCH_START_KEY, "1")),
     )
 
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from holdfast.schemas import limits
 from holdfast.schemas.errors import InvalidNameError
 from holdfast.schemas.names import (
+    MARKER,
     check_agent,
     check_event_name,
     check_namespace,
@@ -39,6 +41,10 @@ STREAM_OF_TABLE: Final[dict[Table, str]] = {
     "events": EVENTS_STREAM,
     "key_versions": KEYS_STREAM,
 }
+
+_UNKNOWN: Final = "unknown"
+_TOKEN_CHARS: Final = 3 * limits.NAMESPACE_BYTES + len(MARKER)
+"""Longest token of a namespace: every byte escaped."""
 
 HOT_PREFIX: Final = "$KV.ctx-hot."
 KEYS_PREFIX: Final = "$KV.ctx-keys."
@@ -82,6 +88,14 @@ def event_subject(namespace: str, agent: str, name: str) -> str:
     """Returns the subject of an event; raises InvalidNameError for a name that may not be."""
     segments = ".".join(encode_token(segment) for segment in check_event_name(name).split(":"))
     return f"ctx.{encode_token(check_namespace(namespace))}.event.{encode_token(check_agent(agent))}.{segments}"
+
+
+def message_id(namespace: str, identity: str) -> str:
+    """Returns the ``Nats-Msg-Id`` of an id: the server's duplicate check spans all namespaces of a stream.
+
+    The namespace is encoded: a header is trimmed, and ends at a line break.
+    """
+    return f"{encode_token(namespace)}.{identity}"
 
 
 def dead_subject(namespace_token: str, stream: str, epoch: str, seq: int) -> str:
@@ -136,9 +150,11 @@ def parse_key_subject(subject: str) -> tuple[str, str]:
 def namespace_token(subject: str) -> str:
     """Returns the namespace token of any subject of ours, for filing a dead letter.
 
-    A token that is well-formed stays as it stands, whether it decodes or not; anything else is escaped.
+    A token that is well-formed stays as it stands, whether it decodes or not; one that is not is escaped; one that is
+    too long for any namespace is filed under ``unknown``, since a subject must fit the server's control line.
     """
     tokens = subject.removeprefix(HOT_PREFIX).removeprefix(KEYS_PREFIX).split(".")
     index = 1 if tokens[0] == "ctx" else 0
-    token = tokens[index] if len(tokens) > index and tokens[index] else "unknown"
-    return token if is_token(token) else encode_token(token)
+    token = tokens[index] if len(tokens) > index and tokens[index] else _UNKNOWN
+    safe = token if is_token(token) else encode_token(token)
+    return safe if len(safe) <= _TOKEN_CHARS else _UNKNOWN

@@ -138,14 +138,16 @@ def connect(
     nats_url: str | None = None,
     *,
     tail: Tail | None = None,
+    live: Sequence[Table] = TABLES,
     index: LakeIndex | None = None,
     config: dict[str, str | bool | int | float | list[str]] | None = None,
 ) -> Connection:
     """Opens the lake in a directory for SQL.
 
     With ``nats_url``, or a ``tail`` of one's own, the views also show what is not archived yet, each row exactly once,
-    read after it was acknowledged.  Raises DataDirectoryError when there is no lake.  ``index`` makes the check for
-    repetitions cheaper where a process has one open; it is not needed.  ``config`` is DuckDB's.
+    read after it was acknowledged.  ``live`` names the tables for which they do: the tail of a table stays in memory,
+    bodies and all, so leave out what is not asked for.  ``index`` makes the check for repetitions cheaper where a
+    process has one open; it is not needed.  ``config`` is DuckDB's.  Raises DataDirectoryError when there is no lake.
     """
     lake = Lake.open(path)
     if tail is None and nats_url is not None:
@@ -155,7 +157,7 @@ def connect(
         # Our files never change under their names, so footers may be kept: halves the time over 1,000 files.
         duck.execute("SET parquet_metadata_cache = true")
         find_known = _KnownByIndex(lake, index) if index is not None else _KnownByScan(duck.cursor())
-        return Connection(duck, PictureTaker(lake, tail, find_known), owns_taker=True)
+        return Connection(duck, PictureTaker(lake, tail, find_known, tables=live), owns_taker=True)
     except BaseException:
         duck.close()
         if tail is not None:

@@ -68,10 +68,12 @@ FindKnown = Callable[[Snapshot, Sequence[Row]], set[Identity]]
 class PictureTaker:
     """Takes pictures of a lake, with its tail if there is one.  Safe to use from several threads."""
 
-    def __init__(self, lake: Lake, tail: Tail | None, find_known: FindKnown) -> None:
+    def __init__(
+        self, lake: Lake, tail: Tail | None, find_known: FindKnown, *, tables: Sequence[Table] = TABLES
+    ) -> None:
         self._lake = lake
         self._tail = tail
-        self._resident: dict[Table, _ResidentTail] = {table: _ResidentTail(table, find_known) for table in TABLES}
+        self._resident: dict[Table, _ResidentTail] = {table: _ResidentTail(table, find_known) for table in tables}
         self._last: Picture | None = None
         self._lock = threading.Lock()
 

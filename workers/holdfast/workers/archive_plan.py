@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from holdfast.schemas import limits
 from holdfast.schemas.errors import ConflictError, HoldfastError
 from holdfast.schemas.rows import Anchor, ContextRow, EventRow, KeyVersionRow, Row, Table
 from holdfast.streams.decode import decode_context, decode_event, decode_key_version
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 ANCHOR_EVERY: Final = 1_000
 """An anchor for each thousand messages, and one for the last: what a lost tail is measured against."""
+
+DECODED_BYTES: Final = 128 * limits.MIB
+"""Most bytes of one run in memory, bodies inflated: a thousandfold compressed, a small run could fill any."""
 
 EventKey = tuple[str, str]
 VersionKey = tuple[str, str, int]
@@ -31,11 +35,15 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 class DecodedRun(msgspec.Struct, frozen=True):
-    """A run of messages, decoded: rows in stream order, what came inline with them, and what is none of ours."""
+    """A run of messages, decoded: rows in stream order, what came inline with them, and what is none of ours.
+
+    ``taken`` says of how many messages: less than were given when they inflate beyond the bound.
+    """
 
     rows: list[Row]
     inline: list[NewContext]
     rejected: list[Rejected]
+    taken: int
 
 
 class Deduplicated(msgspec.Struct, frozen=True):
@@ -49,15 +57,22 @@ class Deduplicated(msgspec.Struct, frozen=True):
     contested: list[Row]
 
 
-def decode_run(table: Table, messages: Sequence[StoredMessage]) -> DecodedRun:
-    """Decodes a run; never raises for what a message holds."""
+def decode_run(table: Table, messages: Sequence[StoredMessage], *, max_bytes: int = DECODED_BYTES) -> DecodedRun:
+    """Decodes a run, at least its first message, up to ``max_bytes``; never raises for what one holds."""
     rows: list[Row] = []
     inline: list[NewContext] = []
     rejected: list[Rejected] = []
+    size = taken = 0
     for message in messages:
+        if size >= max_bytes:
+            break
+        taken += 1
+        size += len(message.payload)
         try:
             if table == "contexts":
-                rows.append(decode_context(message))
+                context = decode_context(message)
+                size += len(context.body)
+                rows.append(context)
             elif table == "events":
                 event = decode_event(message)
                 rows.append(event.row)
@@ -67,7 +82,7 @@ def decode_run(table: Table, messages: Sequence[StoredMessage]) -> DecodedRun:
                 rows.append(decode_key_version(message))
         except HoldfastError as error:
             rejected.append(Rejected(message, error))
-    return DecodedRun(rows, inline, rejected)
+    return DecodedRun(rows, inline, rejected, taken)
 
 
 def deduplicate_contexts(rows: Sequence[Row], archived: Container[Digest]) -> list[Row]:
@@ -120,8 +135,10 @@ def key_of(row: Row) -> EventKey | VersionKey:
 def same_content(one: Row, other: Row) -> bool:
     """Whether two rows say the same, wherever and whenever they were stored.
 
-    ``timestamp_ms`` counts only where the producer gave it: a raw event without one carries the server's time.
+    A raw event without a time carries the server's, another one each time it is stored.
     """
+    if _carries_server_time(one) and _carries_server_time(other):
+        one, other = (msgspec.structs.replace(row, timestamp_ms=0) for row in (one, other))
     return _content(one) == _content(other)
 
 
@@ -174,7 +191,9 @@ def plan_purge(
     return last + 1 if messages and last >= first_seq else None
 
 
+def _carries_server_time(row: Row) -> bool:
+    return not isinstance(row, ContextRow) and row.timestamp_ms == row.stored_at_ms
+
+
 def _content(row: Row) -> Row:
-    if isinstance(row, EventRow) and row.timestamp_ms == row.stored_at_ms:
-        row = msgspec.structs.replace(row, timestamp_ms=0)
     return msgspec.structs.replace(row, seq=0, epoch="", stored_at_ms=0)

@@ -19,18 +19,22 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
 from holdfast.lake.lookup import Lookup
-from holdfast.schemas.errors import GapError, IntegrityError
+from holdfast.schemas import limits
+from holdfast.schemas.errors import GapError, HoldfastError, IntegrityError, NotFoundError, RetryError
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Position, Row, Table
+from holdfast.streams.codec import decode_manifest, join
 from holdfast.streams.dead import bury
 from holdfast.streams.pull import StreamReader
-from holdfast.streams.topology import StreamInfo, stream_info
+from holdfast.streams.topology import StreamInfo, begin_epoch, stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
 from holdfast.workers.archive_plan import (
+    DecodedRun,
     Rejected,
     anchors_of,
     contradiction,
@@ -41,7 +45,7 @@ from holdfast.workers.archive_plan import (
     same_content,
 )
 from holdfast.workers.control import Problem
-from holdfast.workers.purge import check_anchors, fence_lost_tail
+from holdfast.workers.purge import DivergedError, check_anchors
 
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
@@ -53,6 +57,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+READ_BYTES: Final = 64 * limits.MIB
+"""Most bytes of messages in one run."""
+
+_LEAST_READ_BYTES: Final = 1 * limits.MIB
+_COMPARED: Final = 5_000
+_COMPARED_BYTES: Final = 16 * limits.MIB
 
 
 class ArchiveCounters(msgspec.Struct):
@@ -71,8 +82,9 @@ class ArchiveCounters(msgspec.Struct):
 class TableArchiver:
     """Archives one stream.  One cycle at a time; the caller sees to that.
 
-    ``problem`` is set while archiving or purging of this stream is stopped, and says what to do.  ``archived_seq`` is
-    the watermark as of the last cycle.
+    ``problem`` is set while archiving of this stream is stopped, ``purge_problem`` while its purging is; both say what
+    to do.  ``alarms`` tell what was lost, until this process ends or the loss is accepted.  ``archived_seq`` and
+    ``mark`` are the watermark as of the last cycle.
     """
 
     def __init__(
@@ -89,6 +101,9 @@ class TableArchiver:
         self.stream = STREAM_OF_TABLE[table]
         self.counters = ArchiveCounters()
         self.problem: Problem | None = None
+        self.purge_problem: Problem | None = None
+        self.alarms: list[Problem] = []
+        self.mark: Position | None = None
         self._connection = connection
         self._hot = hot
         self._lake = lake
@@ -96,6 +111,7 @@ class TableArchiver:
         self._executor = executor
         self._reader: StreamReader | None = None
         self._checked_reconnects = -1
+        self._read_bytes = READ_BYTES
         self.archived_seq = 0
 
     async def watermark(self) -> Position | None:
@@ -110,21 +126,22 @@ class TableArchiver:
         """
         info = await self._checked()
         if self._reader is None:
-            watermark = await self.watermark()
+            self.mark = watermark = await self.watermark()
             self._reader = StreamReader(
                 self._connection, self.stream, _start(watermark, info), allow_gaps=self.table == "key_versions"
             )
         reader = self._reader
         first_seq = reader.next_seq
         try:
-            messages, info = await reader.read(limit=limit, up_to=up_to)
+            messages, info = await reader.read(limit=limit, up_to=up_to, max_bytes=self._read_bytes)
             self.archived_seq = first_seq - 1
             if reader.next_seq == first_seq:
                 return 0
-            rows, rejected = await self._prepare(messages)
+            run = await self._in_thread(lambda: decode_run(self.table, messages))
+            last_seq = await self._end_of(run, messages, reader)
+            rows, rejected = await self._prepare(run, messages)
             for letter in rejected:
                 await bury(self._connection, self.stream, letter.message, letter.error)
-            last_seq = reader.next_seq - 1
             await self._in_thread(
                 lambda: self._lake.append(
                     self.table,
@@ -141,6 +158,7 @@ class TableArchiver:
             await reader.close()
             raise
         self.archived_seq = last_seq
+        self.mark = Position(info.epoch, last_seq)
         self.counters.cycles += 1
         self.counters.rows += len(rows)
         self.counters.dead += len(rejected)
@@ -164,6 +182,7 @@ class TableArchiver:
         finally:
             await reader.close()
         found = messages[0].seq if messages else info.last_seq + 1
+        self.alarms.clear()
         if found <= first_seq:
             return None
         await self._in_thread(
@@ -174,8 +193,12 @@ class TableArchiver:
             extra={"action": "gap_accepted", "table": self.table, "from": first_seq, "to": found - 1},
         )
         self.problem = None
-        self._reader = None
+        await self._restart()
         return first_seq, found - 1
+
+    def distrust(self) -> None:
+        """Has the next cycle compare stream and lake again."""
+        self._checked_reconnects = -1
 
     async def close(self) -> None:
         """Drops the consumer."""
@@ -187,36 +210,106 @@ class TableArchiver:
         info = await stream_info(self._connection, self.stream)
         if self._checked_reconnects == self._connection.reconnects:
             return info
+        reconnects = self._connection.reconnects
         watermark = await self.watermark()
         if watermark is not None and watermark.epoch == info.epoch:
-            anchors = await self._in_thread(lambda: self._lake.anchors(self.table, info.first_seq))
-            await check_anchors(self._connection, self.table, info, anchors)
-            if info.last_seq < watermark.seq:
-                await fence_lost_tail(self._connection, self.stream, info, watermark)
-                info = await stream_info(self._connection, self.stream)
+            info = await self._continued(info, watermark)
+        elif info.first_seq > info.epoch_start and info.last_seq:
+            self._alarm(
+                f"{info.name} begins at sequence {info.first_seq}, and the lake holds nothing of what stood before",
+                "is the lake's directory the right one? Then what was purged is lost; 'holdfast accept-gap' ends the alarm",
+            )
         elif watermark is not None:
             logger.warning(
                 "stream was created anew: archiving starts at its beginning",
                 extra={"action": "new_epoch", "table": self.table, "old": watermark.epoch, "new": info.epoch},
             )
-        if self._reader is not None:
-            await self._reader.close()
-            self._reader = None
-        self._checked_reconnects = self._connection.reconnects
+        await self._restart()
+        self._checked_reconnects = reconnects
         return info
 
-    async def _prepare(self, messages: list[StoredMessage]) -> tuple[list[Row], list[Rejected]]:
+    async def _continued(self, info: StreamInfo, watermark: Position) -> StreamInfo:
+        """Returns the stream's state when it still is what the lake remembers, or that of the epoch begun anew.
+
+        A server that lost its tail gives the sequences of lost messages to new ones, as soon as anybody publishes:
+        by the time it shows, some may stand there.  So nothing is purged to lift the next sequence.  The new epoch
+        begins at the first message that the lake does not hold; what is read again from there is deduplicated.
+        """
+        try:
+            anchors = await self._in_thread(lambda: self._lake.anchors(self.table, info.first_seq))
+            await check_anchors(self._connection, self.table, info, anchors)
+            if info.last_seq >= watermark.seq:
+                return info
+            what = f"it ends at sequence {info.last_seq}, {watermark.seq} was archived"
+        except DivergedError as error:
+            what = error.message
+        self._alarm(
+            f"{info.name} lost messages: {what}",
+            "what is in the lake is safe; acknowledged messages that were not archived yet may be lost. Check the "
+            "server's disk and its durability mode; 'holdfast accept-gap' ends the alarm",
+        )
+        start = await self._first_unarchived(info)
+        info = await begin_epoch(self._connection, self.stream, start)
+        if start > 1:
+            await self._in_thread(
+                lambda: self._lake.append(self.table, [], epoch=info.epoch, first_seq=1, last_seq=start - 1)
+            )
+        return info
+
+    async def _first_unarchived(self, info: StreamInfo) -> int:
+        """Returns the first sequence whose message the lake does not hold, wherever it stood when it was archived."""
+        reader = StreamReader(self._connection, self.stream, max(1, info.first_seq), allow_gaps=True)
+        try:
+            while reader.next_seq <= info.last_seq:
+                messages, _ = await reader.read(limit=_COMPARED, up_to=info.last_seq, max_bytes=_COMPARED_BYTES)
+                if not messages:
+                    break
+                found = await self._in_thread(partial(self._unarchived_in, messages))
+                if found is not None:
+                    return found
+        finally:
+            await reader.close()
+        return info.last_seq + 1
+
+    def _unarchived_in(self, messages: list[StoredMessage]) -> int | None:
+        self._index.refresh(self._lake)
+        for message in messages:
+            rows = decode_run(self.table, [message]).rows
+            if not (rows and self._archived(rows)):
+                return message.seq
+        return None
+
+    def _alarm(self, what: str, next_step: str) -> None:
+        if all(alarm.what != what for alarm in self.alarms):
+            logger.error("messages were lost", extra={"action": "lost", "stream": self.stream, "what": what})
+            self.alarms.append(Problem(invariant="I1", object=self.stream, what=what, next_step=next_step))
+
+    async def _restart(self) -> None:
+        """The next cycle begins where the lake says."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await reader.close()
+
+    async def _end_of(self, run: DecodedRun, messages: list[StoredMessage], reader: StreamReader) -> int:
+        """Returns the last sequence of a run; when it was cut short, less is read at once from now on."""
+        if run.taken == len(messages):
+            self._read_bytes = min(READ_BYTES, 2 * self._read_bytes)
+            return reader.next_seq - 1
+        self._read_bytes = max(_LEAST_READ_BYTES, self._read_bytes // 4)
+        await self._restart()
+        return messages[run.taken - 1].seq
+
+    async def _prepare(self, run: DecodedRun, messages: list[StoredMessage]) -> tuple[list[Row], list[Rejected]]:
         """Returns the rows to commit and the messages to bury, once what came inline is stored."""
-        run = await self._in_thread(lambda: decode_run(self.table, messages))
         if run.inline:
             puts = await self._hot.put_many(run.inline)
             self.counters.interned += sum(not put.existed for put in puts)
         await self._in_thread(lambda: self._index.refresh(self._lake))
         if self.table == "contexts":
-            digests = [row.digest for row in run.rows if isinstance(row, ContextRow)]
-            archived = await self._in_thread(lambda: self._index.find_contexts(digests))
-            return deduplicate_contexts(run.rows, archived), run.rejected
-        result = deduplicate_by_key(run.rows, await self._in_thread(lambda: self._known(run.rows)))
+            rows, forged = await self._checked_manifests(run.rows, messages)
+            archived = await self._in_thread(lambda: self._archived(rows))
+            return deduplicate_contexts(rows, archived), run.rejected + forged
+        result = deduplicate_by_key(run.rows, await self._in_thread(lambda: self._archived(run.rows)))
         self.counters.repeated += result.repeated
         if not result.contested:
             return result.rows, run.rejected
@@ -232,8 +325,62 @@ class TableArchiver:
                 rejected.append(contradiction(row, by_seq[row.seq]))
         return result.rows, rejected
 
-    def _known(self, rows: list[Row]) -> Any:
-        """Keys of these rows that the lake holds already."""
+    async def _checked_manifests(
+        self, rows: list[Row], messages: list[StoredMessage]
+    ) -> tuple[list[Row], list[Rejected]]:
+        """Returns the rows without the manifests that do not make the body their key names, and those.
+
+        One in the lake under a digest that is not its own would turn every later storing of the true context into a
+        repetition, and so lose it.
+        """
+        forged: dict[int, HoldfastError] = {}
+        for row in rows:
+            if isinstance(row, ContextRow) and row.form == "manifest":
+                try:
+                    await self._check_manifest(row, rows)
+                except RetryError:
+                    raise
+                except HoldfastError as error:
+                    forged[row.seq] = error
+        if not forged:
+            return rows, []
+        return (
+            [row for row in rows if row.seq not in forged],
+            [Rejected(message, forged[message.seq]) for message in messages if message.seq in forged],
+        )
+
+    async def _check_manifest(self, row: ContextRow, rows: list[Row]) -> None:
+        wanted = set(decode_manifest(row.body).chunks)
+        bodies = {
+            part.digest: part.body
+            for part in rows
+            if isinstance(part, ContextRow) and part.digest in wanted and part.namespace == row.namespace
+        }
+        left = [digest for digest in wanted if digest not in bodies]
+        hot, _ = await self._hot.get_stored_many(row.namespace, left) if left else ({}, {})
+        bodies |= {digest: part.body for digest, part in hot.items()}
+        left = [digest for digest in wanted if digest not in bodies]
+        if left:
+            # Chunks are acknowledged before their manifest is sent: these have left the hot tier, or never were.
+            cold = await self._in_thread(lambda: Lookup(self._lake, self._index).get_contexts(left))
+            bodies |= {digest: part.body for digest, part in cold.items() if part.namespace == row.namespace}
+        for digest in wanted:
+            if digest not in bodies:
+                # Asked of the leader: a replica that is behind must not make a dead letter of a good manifest.
+                part = await self._hot.get_stored(row.namespace, digest)
+                if part is None:
+                    raise NotFoundError(
+                        f"the manifest of {row.ref} names a chunk {digest} that is stored nowhere",
+                        field="chunks",
+                        hint="store chunks before their manifest, or use the SDK",
+                    )
+                bodies[digest] = part.body
+        await asyncio.to_thread(join, row, bodies)
+
+    def _archived(self, rows: list[Row]) -> Any:
+        """Keys of these rows, of contexts their digests, that the lake holds already."""
+        if self.table == "contexts":
+            return self._index.find_contexts([row.digest for row in rows if isinstance(row, ContextRow)])
         if self.table == "events":
             return self._index.find_events([(row.namespace, row.id) for row in rows if isinstance(row, EventRow)])
         return self._index.find_key_versions(
@@ -270,4 +417,4 @@ def _start(watermark: Position | None, info: StreamInfo) -> int:
     if watermark is not None and watermark.epoch == info.epoch:
         return watermark.seq + 1
     # No cursor for this life of the stream: from its first message (a stream that never held one says 0).
-    return max(1, info.first_seq)
+    return max(1, info.first_seq, info.epoch_start)

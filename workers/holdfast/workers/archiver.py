@@ -49,7 +49,7 @@ from holdfast.workers.control import (
     Problem,
     TableStatus,
 )
-from holdfast.workers.purge import purge_archived
+from holdfast.workers.purge import DivergedError, purge_archived
 from holdfast.workers.waiting import wait_for_event
 
 if TYPE_CHECKING:
@@ -108,8 +108,13 @@ class Archiver:
         }
 
     def problems(self) -> list[Problem]:
-        """What keeps a stream from being archived or purged now."""
-        return [archiver.problem for archiver in self._tables.values() if archiver.problem is not None]
+        """What keeps a stream from being archived or purged now, and what was lost."""
+        return [
+            problem
+            for archiver in self._tables.values()
+            for problem in (archiver.problem, archiver.purge_problem, *archiver.alarms)
+            if problem is not None
+        ]
 
     async def run(self) -> None:
         """Archives a round whenever messages have waited for ``archive_interval_s``, or a full commit waits.
@@ -145,12 +150,14 @@ class Archiver:
                 before = archiver.counters.rows
                 target = (await stream_info(self._connection, STREAM_OF_TABLE[table])).last_seq
                 await self._archive_up_to(archiver, target)
+                rows[table] = archiver.counters.rows - before
+            for archiver in self._tables.values():
+                # Told once the others are archived: one stream's problem does not hold them up.
                 if archiver.problem is not None:
                     raise UnavailableError(
                         f"{archiver.stream} cannot be archived: {archiver.problem.what}",
                         hint=archiver.problem.next_step,
                     )
-                rows[table] = archiver.counters.rows - before
             # Whoever flushes may open the views file next: it is renewed even if it was a moment ago.
             await self._in_thread(lambda: write_views_file(self._lake))
             failpoint("archiver.before_ack")
@@ -184,7 +191,8 @@ class Archiver:
         tables: dict[Table, TableStatus] = {}
         for archiver in self._tables.values():
             info = await stream_info(self._connection, archiver.stream)
-            mark = await archiver.watermark()
+            # As of the last cycle: the thread of the lake may be busy with a commit for seconds.
+            mark = archiver.mark
             seq = mark.seq if mark is not None and mark.epoch == info.epoch else max(0, info.first_seq - 1)
             tables[archiver.table] = TableStatus(
                 epoch=info.epoch, watermark=seq, last_seq=info.last_seq, lag=max(0, info.last_seq - seq)
@@ -244,15 +252,7 @@ class Archiver:
 
     def _note(self, archiver: TableArchiver, error: HoldfastError) -> None:
         archiver.counters.failed += 1
-        if isinstance(error, IntegrityError):
-            problem = problem_of(archiver.table, error)
-        else:
-            problem = Problem(
-                invariant="I8",
-                object=archiver.stream,
-                what=error.message,
-                next_step=error.hint or "nothing: it is tried again",
-            )
+        problem = _problem_of(archiver, error)
         level = logging.WARNING if isinstance(error, RetryError) else logging.ERROR
         if archiver.problem is None or archiver.problem.what != problem.what:
             logger.log(
@@ -276,11 +276,25 @@ class Archiver:
             if archiver.problem is None:
                 try:
                     await self._purge(archiver.table, window_s, most)
-                except HoldfastError as error:
-                    self._note(archiver, error)
+                except (HoldfastError, OSError):
+                    logger.exception("nothing was purged", extra={"action": "purge_failed", "stream": archiver.stream})
 
     async def _purge(self, table: Table, older_than_s: float, most_messages: int | None) -> int:
         archiver = self._tables[table]
+        try:
+            purged = await self._purge_checked(archiver, older_than_s, most_messages)
+        except HoldfastError as error:
+            if archiver.problem is None:
+                archiver.purge_problem = _problem_of(archiver, error)
+            if isinstance(error, DivergedError):
+                archiver.distrust()
+            raise
+        archiver.purge_problem = None
+        archiver.counters.purged += purged
+        return purged
+
+    async def _purge_checked(self, archiver: TableArchiver, older_than_s: float, most_messages: int | None) -> int:
+        table = archiver.table
         if archiver.problem is not None and archiver.problem.invariant in ("I1", "I3"):
             raise UnavailableError(
                 f"nothing is purged from {archiver.stream}: {archiver.problem.what}", hint=archiver.problem.next_step
@@ -299,7 +313,6 @@ class Archiver:
             older_than_s=older_than_s,
             most_messages=most_messages,
         )
-        archiver.counters.purged += purged
         return purged
 
     async def _backlog_is_full(self) -> bool:
@@ -418,6 +431,17 @@ async def _take_lock(path: Path, on_standby: Callable[[], None] | None) -> int:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def _problem_of(archiver: TableArchiver, error: HoldfastError) -> Problem:
+    if isinstance(error, IntegrityError):
+        return problem_of(archiver.table, error)
+    return Problem(
+        invariant="I8",
+        object=archiver.stream,
+        what=error.message,
+        next_step=error.hint or "nothing: it is tried again",
+    )
 
 
 def _lake_unavailable(error: OSError) -> HoldfastError:

@@ -8,6 +8,7 @@ time, in one thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import msgspec
 
 from holdfast.client.model import Tier
 from holdfast.lake.lookup import Lookup
-from holdfast.schemas.errors import DigestMismatchError, HoldfastError, NotFoundError, UnavailableError
+from holdfast.schemas.errors import HoldfastError, NotFoundError, TooLargeError, UnavailableError
 from holdfast.schemas.rows import ContextRow
 from holdfast.streams.codec import decode_manifest, join
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from holdfast.lake.lake import Lake
     from holdfast.schemas.refs import Digest
     from holdfast.streams.hot import HotTier
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -118,7 +121,10 @@ class ColdReader:
     async def _read(self, digests: list[Digest]) -> dict[Digest, ContextRow | HoldfastError]:
         try:
             rows = await self.in_thread(lambda: self._read_blocking(digests))
-        except (DigestMismatchError, OSError, HoldfastError) as error:
+        except Exception as error:
+            # Whatever it is: those who wait for this batch must be told something.
+            if not isinstance(error, HoldfastError | OSError):
+                logger.exception("cold read failed", extra={"action": "cold_read_failed", "digests": len(digests)})
             if len(digests) > 1:
                 # One damaged row must not hide the others: singly, each tells for itself.
                 outcomes: dict[Digest, ContextRow | HoldfastError] = {}
@@ -155,46 +161,77 @@ class ContextReader:
         self._cold = cold
 
     async def get_stored_many(
-        self, namespace: str, digests: Iterable[Digest]
+        self, namespace: str, digests: Iterable[Digest], *, cold: bool = False
     ) -> tuple[dict[Digest, Found], dict[Digest, HoldfastError]]:
-        """Returns stored forms of one namespace, and the error of each that cannot be served."""
+        """Returns stored forms of one namespace, and the error of each that cannot be served.
+
+        ``cold``: of the lake alone.
+        """
         wanted = list(dict.fromkeys(digests))
-        hot, damaged = await self._hot.get_stored_many(namespace, wanted)
+        hot, damaged = ({}, {}) if cold else await self._hot.get_stored_many(namespace, wanted)
         found = {digest: Found(row, "hot") for digest, row in hot.items()}
         left = [digest for digest in wanted if digest not in found]
         if not left:
             return found, {}
-        cold, failed = await self._cold.get_many(left)
-        for digest, row in cold.items():
+        archived, failed = await self._cold.get_many(left)
+        for digest, row in archived.items():
             # The namespace is under the digest: a row of another is no answer to this question.
             if row.namespace == namespace:
                 found[digest] = Found(row, "lake")
         return found, {digest: error for digest, error in (damaged | failed).items() if digest not in found}
 
     async def get_many(
-        self, namespace: str, digests: Iterable[Digest]
+        self, namespace: str, digests: Iterable[Digest], *, max_bytes: int
     ) -> tuple[dict[Digest, Found], dict[Digest, HoldfastError]]:
-        """Returns whole contexts of one namespace, chunks joined and checked."""
+        """Returns whole contexts of one namespace, chunks joined and checked.
+
+        One of over ``max_bytes`` ends in TooLargeError before its chunks are read.
+        """
         found, failed = await self.get_stored_many(namespace, digests)
-        manifests = {digest: item for digest, item in found.items() if item.row.form == "manifest"}
-        if not manifests:
-            return found, failed
-        parts = [part for item in manifests.values() for part in decode_manifest(item.row.body).chunks]
-        chunks, chunk_errors = await self.get_stored_many(namespace, parts)
-        bodies = {digest: item.row.body for digest, item in chunks.items()}
-        for digest, item in manifests.items():
-            lost = [part for part in decode_manifest(item.row.body).chunks if part not in bodies]
-            del found[digest]
-            if lost:
-                failed[digest] = chunk_errors.get(lost[0]) or NotFoundError(
-                    f"{len(lost)} chunks of {item.row.ref} are stored nowhere", hint="run 'holdfast verify'"
-                )
+        broken = await self._join(namespace, found, max_bytes)
+        again = [digest for digest, (item, _) in broken.items() if item.tier == "hot"]
+        if again:
+            # A manifest shows only when it is put together that it is none of its digest.
+            cold, _ = await self.get_stored_many(namespace, again, cold=True)
+            still_broken = await self._join(namespace, cold, max_bytes)
+            found |= cold
+            broken = {digest: item for digest, item in broken.items() if digest not in cold} | still_broken
+        return found, failed | {digest: error for digest, (_, error) in broken.items()}
+
+    async def _join(
+        self, namespace: str, found: dict[Digest, Found], max_bytes: int
+    ) -> dict[Digest, tuple[Found, HoldfastError]]:
+        """Puts whole contexts in the place of manifests; takes out and returns those that cannot be."""
+        broken: dict[Digest, tuple[Found, HoldfastError]] = {}
+        # One after another: the chunks of many are many times what any answer holds.
+        for digest, item in list(found.items()):
+            if item.row.form != "manifest":
                 continue
+            del found[digest]
             try:
-                found[digest] = Found(await asyncio.to_thread(join, item.row, bodies), item.tier)
+                found[digest] = await self._whole(namespace, item, max_bytes)
             except HoldfastError as error:
-                failed[digest] = error
-        return found, failed
+                broken[digest] = item, error
+        return broken
+
+    async def _whole(self, namespace: str, item: Found, max_bytes: int) -> Found:
+        row = item.row
+        if row.size > max_bytes:
+            raise TooLargeError(
+                f"{row.ref} has {row.size} bytes, the limit of an answer is {max_bytes}",
+                field="body",
+                limit=max_bytes,
+                hint="resolve it with the SDK, which fetches a large body in parts",
+            )
+        parts = decode_manifest(row.body).chunks
+        chunks, errors = await self.get_stored_many(namespace, parts)
+        lost = [part for part in parts if part not in chunks]
+        if lost:
+            raise errors.get(lost[0]) or NotFoundError(
+                f"{len(lost)} chunks of {row.ref} are stored nowhere", hint="run 'holdfast verify'"
+            )
+        bodies = {digest: chunk.row.body for digest, chunk in chunks.items()}
+        return Found(await asyncio.to_thread(join, row, bodies), item.tier)
 
 
 def _typed(error: Exception) -> HoldfastError:

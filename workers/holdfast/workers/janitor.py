@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from holdfast.schemas.errors import HoldfastError, RetryError
+from holdfast.schemas.errors import GapError, HoldfastError, RetryError
 from holdfast.schemas.ids import derived_event_id, now_ms
 from holdfast.streams.decode import KeyVersionBody, decode_key_version
 from holdfast.streams.publish import Outgoing, Refused, publish
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
-from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, H_MSG_ID, KEYS_STREAM
+from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, H_MSG_ID, KEYS_STREAM, message_id
 from holdfast.workers.waiting import wait_for_event
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class Janitor:
         while True:
             try:
                 await self.round()
+            except GapError as error:
+                # The stream began anew, or is gone: what is remembered of it says nothing any more.
+                logger.warning("janitor starts anew", extra={"action": "janitor_restarted", "error": str(error)})
+                await self._forget()
             except RetryError as error:
                 logger.warning("janitor cannot go on yet", extra={"action": "janitor_retry", "error": str(error)})
             await wait_for_event(self._wake, INTERVAL_S)
@@ -81,6 +85,12 @@ class Janitor:
     async def close(self) -> None:
         """Drops the consumer."""
         await self._reader.close()
+
+    async def _forget(self) -> None:
+        await self._reader.close()
+        self._reader = StreamReader(self._connection, KEYS_STREAM, 1, allow_gaps=True)
+        self._due.clear()
+        self._versions.clear()
 
     async def _follow(self) -> None:
         while True:
@@ -111,7 +121,7 @@ class Janitor:
             agent_id=version.agent_id,
             timestamp_ms=self._clock_ms(),
         )
-        headers = {H_EXPECT_SUBJECT_SEQ: str(version.seq), H_MSG_ID: f"{version.namespace}.{event_id}"}
+        headers = {H_EXPECT_SUBJECT_SEQ: str(version.seq), H_MSG_ID: message_id(version.namespace, event_id)}
         message = Outgoing(subject, headers, msgspec.json.encode(body))
         try:
             await call_with_retry(lambda: publish(self._connection, message), deadline_s=WRITE_DEADLINE_S)

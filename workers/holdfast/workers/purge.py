@@ -35,7 +35,7 @@ async def check_anchors(connection: Connection, table: Table, info: StreamInfo, 
     """Raises DivergedError when the stream holds something else at an anchor's sequence, or nothing.
 
     Anchors that have been purged (below the first sequence) or lie beyond the stream's end are passed over: the first
-    is our own doing, the second a lost tail, which is dealt with by itself.
+    is our own doing, the second shows by itself.
     """
     held = [anchor for anchor in anchors if info.first_seq <= anchor.seq <= info.last_seq]
     step = max(1, len(held) // _ANCHORS_CHECKED)
@@ -53,21 +53,8 @@ async def check_anchors(connection: Connection, table: Table, info: StreamInfo, 
             continue  # a superseded version may have been trimmed
         raise DivergedError(
             f"stream {info.name} holds {found} at sequence {anchor.seq}, where {anchor.identity} was archived",
-            hint="the stream lost its tail and went on; nothing is purged. Restore the server's data directory, "
-            "or start on a new one: what is in the lake stays readable",
+            hint="the stream lost its tail and went on; nothing is purged until it was compared with the lake anew",
         )
-
-
-async def fence_lost_tail(connection: Connection, stream: str, info: StreamInfo, watermark: Position) -> None:
-    """Lifts the next sequence of a stream that lost its tail above the watermark, and says so.
-
-    Otherwise new messages would take sequences that name archived ones.  What the stream still holds is archived.
-    """
-    logger.error(
-        "the stream lost messages that had been archived: its next sequence is lifted above the watermark",
-        extra={"action": "lost_tail", "stream": stream, "last_seq": info.last_seq, "watermark": watermark.seq},
-    )
-    await purge_below(connection, stream, watermark.seq + 1)
 
 
 async def purge_archived(

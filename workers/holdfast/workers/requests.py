@@ -13,7 +13,7 @@ from holdfast.client.model import Tier
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import TEXT, check_content_type, check_json, check_size, encode_body
 from holdfast.schemas.errors import InvalidFieldError
-from holdfast.schemas.ids import iso_from_ms, normal_event_id
+from holdfast.schemas.ids import MAX_MS, iso_from_ms, ms_from_utc, normal_event_id
 from holdfast.schemas.names import check_kind
 from holdfast.schemas.refs import JSON
 from holdfast.streams.hot import NewContext
@@ -115,7 +115,7 @@ def context_of_put(namespace: str, request: PutRequest) -> NewContext:
         kind=check_kind(request.kind),
         body=raw,
         content_type=content_type,
-        expires_at_ms=None if request.expires_at is None else time_ms(request.expires_at.isoformat(), "expires_at"),
+        expires_at_ms=_expiry(request.expires_at),
     )
 
 
@@ -178,6 +178,18 @@ def event_reply(row: EventRow) -> dict[str, Any]:
         "source_id": row.source_id,
     }
     return {name: value for name, value in members.items() if value is not None}
+
+
+def _expiry(moment: datetime | None) -> int | None:
+    if moment is None:
+        return None
+    at_ms = ms_from_utc(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    # A context stored with such an expiry could not be read again.
+    if not 0 <= at_ms <= MAX_MS:
+        raise InvalidFieldError(
+            f"expires_at {moment.isoformat()} is not from 1970 to 9999", field="expires_at", limit=MAX_MS
+        )
+    return at_ms
 
 
 def event_id_of(namespace: str, given: str) -> str:

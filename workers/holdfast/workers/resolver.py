@@ -59,6 +59,14 @@ logger = logging.getLogger(__name__)
 
 SERVICE: Final = "holdfast"
 
+_WINDOW: Final = 100
+"""Contexts read at once for one answer: of the largest that are stored whole, 50 MiB."""
+
+_HEAVY: Final = 8
+"""Answers with bodies being read at once: bounds the memory of all of them, by the window."""
+
+_BODY_FIELDS: Final = frozenset({"body", "body_text", "body_base64"})
+
 _RESOLVE: Final = msgspec.json.Decoder(ResolveRequest)
 _BATCH: Final = msgspec.json.Decoder(ResolveBatchRequest)
 _PUT: Final = msgspec.json.Decoder(PutRequest)
@@ -77,6 +85,7 @@ class Resolver:
         self._cold = cold
         self._sql = sql
         self._contexts = ContextReader(hot, cold)
+        self._heavy = asyncio.Semaphore(_HEAVY)
         # DuckDB uses its own threads; one query at a time keeps its memory bounded.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="holdfast-query")
 
@@ -98,7 +107,7 @@ class Resolver:
         request: ResolveRequest = decode_request(call.data, _RESOLVE)
         check_fields(request.fields)
         digest = parse_ref(request.ref).digest
-        found, failed = await self._contexts.get_many(call.namespace, [digest])
+        found, failed = await self._read(call.namespace, [digest], request.fields)
         if digest in failed:
             raise failed[digest]
         item = _live(found.get(digest), request.ref)
@@ -121,13 +130,18 @@ class Resolver:
         check_fields(request.fields)
         refs = list(dict.fromkeys(Ref(ref) for ref in request.refs))
         digests = {ref: parse_ref(ref).digest for ref in refs}
-        found, failed = await self._contexts.get_many(call.namespace, digests.values())
         contexts: dict[str, msgspec.Raw] = {}
         not_found: list[str] = []
         errors: dict[str, ErrorBody] = {}
         size = 0
         left: list[str] = []
+        found: dict[Digest, Found] = {}
+        failed: dict[Digest, HoldfastError] = {}
         for position, ref in enumerate(refs):
+            if position % _WINDOW == 0:
+                # What the answer has no room for is not read either.
+                window = [digests[other] for other in refs[position : position + _WINDOW]]
+                found, failed = await self._read(call.namespace, window, request.fields)
             digest = digests[ref]
             if digest in failed:
                 errors[ref] = _body_of(failed[digest])
@@ -221,12 +235,27 @@ class Resolver:
         if len(request.digests) > limits.BATCH_REFS:
             raise TooLargeError(f"fetch of {len(request.digests)} digests", field="digests", limit=limits.BATCH_REFS)
         digests = [digest for digest in request.digests if is_digest(digest)]
-        found, failed = await self._contexts.get_stored_many(call.namespace, digests)
-        for digest, item in found.items():
-            headers, payload = await asyncio.to_thread(reseal, item.row)
-            await call.reply(payload, {**headers, H_DIGEST: digest, H_CREATED: str(item.row.stored_at_ms)})
-        end = FetchEnd(sent=len(found), failed={Digest(digest): _body_of(error) for digest, error in failed.items()})
-        await call.reply(msgspec.json.encode(end), {H_END: "1"})
+        sent = 0
+        failed: dict[Digest, ErrorBody] = {}
+        for start in range(0, len(digests), _WINDOW):
+            window = digests[start : start + _WINDOW]
+            async with self._heavy:
+                found, errors = await self._contexts.get_stored_many(call.namespace, window, cold=request.cold)
+                for digest, item in found.items():
+                    headers, payload = await asyncio.to_thread(reseal, item.row)
+                    await call.reply(payload, {**headers, H_DIGEST: digest, H_CREATED: str(item.row.stored_at_ms)})
+            sent += len(found)
+            failed |= {digest: _body_of(error) for digest, error in errors.items()}
+        await call.reply(msgspec.json.encode(FetchEnd(sent=sent, failed=failed)), {H_END: "1"})
+
+    async def _read(
+        self, namespace: str, digests: list[Digest], fields: list[str] | None
+    ) -> tuple[dict[Digest, Found], dict[Digest, HoldfastError]]:
+        if fields is not None and not _BODY_FIELDS.intersection(fields):
+            # Kind, size and times are those of the stored form: no need to put a large body together.
+            return await self._contexts.get_stored_many(namespace, digests)
+        async with self._heavy:
+            return await self._contexts.get_many(namespace, digests, max_bytes=limits.REPLY_BYTES)
 
     async def close(self) -> None:
         """Waits for the query under way."""
@@ -276,7 +305,9 @@ async def run_resolver(
     """
     async with AsyncExitStack() as stack:
         tail = await asyncio.to_thread(open_tail, connection.target)
-        sql = await asyncio.to_thread(lambda: connect(lake.path, tail=tail, index=index))
+        sql = await asyncio.to_thread(
+            lambda: connect(lake.path, tail=tail, index=index, live=("events", "key_versions"))
+        )
         stack.push_async_callback(asyncio.to_thread, sql.close)
         cold = ColdReader(lake, index)
         stack.push_async_callback(cold.close)

@@ -47,3 +47,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     replicas: int = 1
     """Copies of each stream in a cluster."""
+
+    accept_lost_streams: bool = False
+    """Whether a stream that the lake holds a cursor for, and that is gone, may be created anew: for an operator who
+    knows that what it held beyond the lake is lost."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +18,7 @@ import msgspec
 
 from holdfast.lake.index import LakeIndex
 from holdfast.lake.lake import Lake
+from holdfast.schemas.errors import DataDirectoryError
 from holdfast.schemas.rows import TABLES
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.hot import HotTier
@@ -77,11 +78,11 @@ class RunningWorkers:
         """Registers the counters of a worker that has no loop of its own; for :func:`run_workers`."""
         self._counters[name] = counters
 
-    async def drain(self, name: WorkerName, finish: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Ends the loop of a worker: asked to finish, then cancelled after ``DRAIN_S`` seconds."""
+    async def drain(self, name: WorkerName, finish: Callable[[], bool] | None = None) -> None:
+        """Ends the loop of a worker: asked to ``finish`` if it can, which that returns, then cancelled after
+        ``DRAIN_S`` seconds; one that has no end of its own is cancelled at once."""
         task = self._tasks.pop(name)
-        if finish is not None and not task.done():
-            await finish()
+        if finish is not None and not task.done() and finish():
             await asyncio.wait([task], timeout=DRAIN_S)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -102,7 +103,7 @@ async def run_workers(
             open_connection(target, name=f"holdfast-{'-'.join(names)}"[:60], connect_s=CONNECT_S)
         )
         lake, index = await _open_lake(stack, settings) if _NEEDS_LAKE.intersection(names) else (None, None)
-        archived = [] if lake is None else await asyncio.to_thread(_archived_streams, lake)
+        archived = await asyncio.to_thread(_archived_streams, lake, settings)
         streams = await ensure_topology(
             connection,
             replicas=settings.replicas,
@@ -120,12 +121,13 @@ async def run_workers(
             elif name == "janitor":
                 await _start_janitor(stack, workers)
             elif lake is not None and index is not None:
+                # Each has a view of its own: a commit under way holds the archiver's for as long as it takes.
                 if name == "archiver":
                     await _start_archiver(stack, workers, hot, lake, index, settings)
                 elif name == "compactor":
-                    await _start_compactor(stack, workers, lake, settings)
+                    await _start_compactor(stack, workers, await _own_view(settings), settings)
                 else:
-                    await _start_resolver(stack, workers, hot, lake, index)
+                    await _start_resolver(stack, workers, hot, await _own_view(settings), index)
             logger.info("worker started", extra={"action": "worker_started", "worker": name})
         yield workers
 
@@ -143,7 +145,19 @@ async def _open_lake(stack: AsyncExitStack, settings: WorkerSettings) -> tuple[L
     return lake, index
 
 
-def _archived_streams(lake: Lake) -> list[str]:
+async def _own_view(settings: WorkerSettings) -> Lake:
+    return await asyncio.to_thread(Lake.open, settings.lake)
+
+
+def _archived_streams(lake: Lake | None, settings: WorkerSettings) -> list[str]:
+    """Streams that must be there: the lake, also one that these workers do not need, holds a cursor for them."""
+    if settings.accept_lost_streams:
+        return []
+    if lake is None:
+        try:
+            lake = Lake.open(settings.lake)
+        except DataDirectoryError:
+            return []  # no lake on this machine, or none yet
     return [STREAM_OF_TABLE[table] for table in TABLES if lake.watermark(table) is not None]
 
 
@@ -190,9 +204,11 @@ async def _start_archiver(
             settled.set()
             await archiver.run()
 
-    async def finish() -> None:
-        if active is not None:
-            active.stop()
+    def finish() -> bool:
+        if active is None:
+            return False  # it waits for its turn: nothing is in hand
+        active.stop()
+        return True
 
     def counters() -> dict[str, Any]:
         return {} if active is None else active.counters()

@@ -1,0 +1,186 @@
+"""What the bench files share: the budget, the figures asked for, servers to measure on, and the records they make."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from benchmarks.measure import Budget, Kind, Result, Side, measure
+from benchmarks.raw_nats import api, plain_client
+from benchmarks.records import ROOT, Conditions, RawLimit, Record
+from holdfast.client import Holdfast, connect
+from holdfast.ops.server import EmbeddedServer
+from holdfast.ops.server_config import ServerSettings
+from holdfast.streams.connection import open_connection
+from holdfast.streams.connection_target import ConnectionTarget, Durability
+from holdfast.streams.topology import declarations, ensure_topology
+from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+NAMESPACE: Final = "bench"
+
+RAW_HOT: Final = "RAW_HOT"
+RAW_EVENTS: Final = "RAW_EVENTS"
+RAW_HOT_PREFIX: Final = "$KV.raw-hot."
+RAW_EVENTS_PREFIX: Final = "raw.bench.event."
+
+_TEST_DATA: Final = "HOLDFAST_TEST_DATA"
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """One figure: its name, what is measured, and how.  ``count`` fixes the operations of a run."""
+
+    name: str
+    what: str
+    kind: Kind
+    durability: Durability
+    parameters: dict[str, Any] = {}
+    unit: str = ""
+    count: int | None = None
+    least: int = 20
+    most: int = 20_000
+
+
+class BenchServer(msgspec.Struct, frozen=True):
+    """An embedded server with Holdfast's streams, and raw streams of the same configuration beside them."""
+
+    url: str
+    durability: Durability
+    client: Any
+    """A plain nats-py client."""
+
+    def connect(self, *, namespace: str = NAMESPACE, cache_bytes: int | None = None) -> Any:
+        """Opens the SDK on this server; ``cache_bytes`` 0 turns the near cache off."""
+        options = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
+        return connect(target_of(self.url), namespace, "bench", **options)
+
+
+class Bench:
+    """One run of the suite."""
+
+    def __init__(
+        self,
+        budget: Budget,
+        shared: Conditions,
+        scratch: Path,
+        names: list[str],
+        on_record: Callable[[Record], None] = lambda _: None,
+    ) -> None:
+        self.budget = budget
+        self.records: list[Record] = []
+        self._shared = shared
+        self._scratch = scratch
+        self._names = names
+        self._on_record = on_record
+
+    def wants(self, *figures: str) -> bool:
+        """Whether any of these figures is asked for: all are without names; a name may be a prefix or a pattern."""
+        return not self._names or any(
+            figure.startswith(name) or fnmatch(figure, name) for figure in figures for name in self._names
+        )
+
+    def scale(self, full: int, quick: int) -> int:
+        """Returns a count that is not calibrated: ``full``, or ``quick`` in a smoke run."""
+        return quick if self.budget.quick else full
+
+    def directory(self, name: str) -> Path:
+        """Makes an empty directory on the disk that is measured."""
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._scratch))
+
+    async def figure(self, figure: Figure, ours: Side, *raws: Side) -> None:
+        """Measures a figure beside its raw limits, unless it is not asked for; one record for each limit.
+
+        Further limits than the first add their label to the record's name, as in ``archive:pull``.
+        """
+        if not self.wants(figure.name):
+            return
+        results = await measure(
+            [ours, *raws],
+            self.budget,
+            kind=figure.kind,
+            count=figure.count,
+            least=self.scale(figure.least, min(figure.least, 20)),
+            most=figure.most,
+        )
+        for raw in results[1:]:
+            self.add(figure, results[0], raw)
+
+    def add(self, figure: Figure, ours: Result, raw: Result) -> None:
+        """Adds the record of a figure that has been measured."""
+        ratios = [one / other for one, other in zip(ours.values, raw.values, strict=True)]
+        record = Record(
+            name=f"{figure.name}:{raw.label}" if raw.label else figure.name,
+            what=f"{figure.what}: {ours.what}" if ours.what else figure.what,
+            value=ours.value,
+            unit=figure.unit or ("ms" if figure.kind == "latency" else "ops/s"),
+            better="lower" if figure.kind == "latency" else "higher",
+            values=ours.values,
+            p50_ms=ours.p50_ms,
+            p99_ms=ours.p99_ms,
+            raw_limit=RawLimit(
+                what=raw.what,
+                value=raw.value,
+                values=raw.values,
+                p50_ms=raw.p50_ms,
+                p99_ms=raw.p99_ms,
+                count=raw.count,
+            ),
+            ratio=ours.value / raw.value,
+            ratio_low=min(ratios),
+            ratio_high=max(ratios),
+            parameters={**figure.parameters, "count": ours.count, "runs": self.budget.runs},
+            durability=figure.durability,
+            replicas=1,
+            versions=self._shared.versions,
+            machine=self._shared.machine,
+            git_commit=self._shared.git_commit,
+            started_at=self._shared.started_at,
+        )
+        self.records.append(record)
+        self._on_record(record)
+
+    @asynccontextmanager
+    async def server(self, durability: Durability = "durable") -> AsyncGenerator[BenchServer]:
+        """Runs an embedded server on an empty data directory while the block lasts."""
+        async with AsyncExitStack() as stack:
+            settings = ServerSettings(data=self.directory(durability), durability=durability)
+            info = (await stack.enter_async_context(EmbeddedServer(settings))).info
+            async with open_connection(target_of(info.nats_url)) as connection:
+                await ensure_topology(connection)
+            client = await stack.enter_async_context(plain_client(info.nats_url))
+            await create_raw_streams(client)
+            yield BenchServer(info.nats_url, durability, client)
+
+
+def target_of(url: str) -> ConnectionTarget:
+    """Returns a server of ours by its address, whatever the environment names."""
+    return ConnectionTarget(url=url, origin="benchmark")
+
+
+async def create_raw_streams(client: Client) -> None:
+    """Makes the streams that raw limits write to: configured as Holdfast's own, under other subjects."""
+    declared = declarations()
+    for name, prefix, like in (
+        (RAW_HOT, RAW_HOT_PREFIX, HOT_STREAM),
+        (RAW_EVENTS, RAW_EVENTS_PREFIX, EVENTS_STREAM),
+    ):
+        await api(client, f"STREAM.CREATE.{name}", {**declared[like], "name": name, "subjects": [f"{prefix}>"]})
+
+
+def recorded_traces() -> Path | None:
+    """Returns the folder of recorded traces, if there is one on this machine."""
+    named = os.environ.get(_TEST_DATA)
+    path = Path(named) if named else ROOT.parent / "shared" / "data"
+    return path / "steps" if (path / "steps").is_dir() else None
+
+
+__all__ = ["Bench", "BenchServer", "Figure", "Holdfast", "create_raw_streams", "recorded_traces", "target_of"]

@@ -1,0 +1,137 @@
+"""``holdfast import``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from holdfast.ops.cli import exit_codes, output
+from holdfast.ops.cli.invocation import Invocation, command
+from holdfast.schemas.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from holdfast.ops.importing import ImportCounts
+    from holdfast.ops.traces import Malformed
+
+MOST_LISTED: Final = 20
+"""Malformed places that are listed; the rest is counted."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    command(
+        app,
+        "import",
+        examples=(
+            "holdfast import ./traces",
+            "holdfast import ~/.claude/projects --format claude-code",
+            "holdfast import runs/*.traj.json.gz --json",
+        ),
+        uvloop=True,
+    )(import_traces)
+
+
+async def import_traces(
+    invocation: Invocation,
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Files, or directories with files of traces.")],
+    form: Annotated[
+        str,
+        typer.Option("--format", help="auto, steps, tau-bench, mini-swe-agent, openai-messages or claude-code."),
+    ] = "auto",
+) -> int:
+    """Import recorded agent traces: each step becomes a context and an event with its session, order, cause and time.
+
+    Importing the same file again adds nothing. What cannot be read is named with file and line; the rest goes on.
+    """
+    from holdfast.ops.importing import TraceImport
+    from holdfast.ops.system import open_system
+    from holdfast.ops.traces import find_traces
+
+    found = find_traces(paths, form)
+    if not found.files:
+        raise NotFoundError(
+            f"no traces under {', '.join(map(str, paths))}",
+            field="path",
+            hint="give files of a known format, or name it with --format",
+        )
+    loaded = invocation.loaded
+    reporter = _MalformedReporter(as_json=invocation.json)
+    async with open_system(loaded) as system, system.connect(loaded.settings.namespace, "import") as hf:
+        with progress(len(found.files), quiet=invocation.json) as on_progress:
+            runner = TraceImport(hf, on_progress=on_progress, on_malformed=reporter.add)
+            counts = await runner.run(found.files)
+    reporter.finish()
+    if invocation.json:
+        import msgspec
+
+        output.write_json(msgspec.to_builtins(counts))
+    else:
+        _write_counts(counts)
+    return exit_codes.OK if counts.steps else exit_codes.ERROR
+
+
+class _MalformedReporter:
+    """Lists the first malformed places on stderr, after the progress bar is gone, and counts the others."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._listed: list[Malformed] = []
+        self._count = 0
+
+    def add(self, place: Malformed) -> None:
+        """Notes one."""
+        self._count += 1
+        if len(self._listed) < MOST_LISTED:
+            self._listed.append(place)
+
+    def finish(self) -> None:
+        """Writes them."""
+        import msgspec
+
+        for place in self._listed:
+            if self._as_json:
+                body = {"code": "malformed", "message": place.reason, "path": place.path, "line": place.line}
+                output.remark(msgspec.json.encode({"error": body}).decode())
+            else:
+                output.remark(f"malformed: {place}")
+        if self._count > len(self._listed):
+            output.remark(f"and {self._count - len(self._listed)} more that could not be read")
+
+
+@contextmanager
+def progress(files: int, *, quiet: bool) -> Generator[Callable[[ImportCounts], None]]:
+    """Yields what shows the counts so far: as a bar on stderr where that is a terminal, else not at all."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("importing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("files  {task.fields[steps]:,} steps"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("import", total=files, steps=0)
+        yield lambda counts: bar.update(task, completed=counts.files, steps=counts.steps)
+
+
+def _write_counts(counts: ImportCounts) -> None:
+    rate = counts.steps / counts.seconds if counts.seconds else 0
+    lines = (
+        f"{counts.steps:,} steps of {counts.files:,} files in {counts.seconds:.2f} s ({rate:,.0f} a second)",
+        f"  contexts  {counts.contexts:,} stored, {counts.distinct_contexts:,} distinct",
+        f"  events    {counts.events:,} new",
+        f"  errors    {counts.errors:,}",
+    )
+    for line in lines:
+        output.write_line(line)

@@ -1,0 +1,69 @@
+"""The benchmarks run, and say what they promise to say of each figure.  No figure is judged here."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from benchmarks.__main__ import FILES
+from benchmarks.records import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+async def test_a_smoke_run_writes_a_complete_record_of_every_figure(tmp_path: Path) -> None:
+    path = tmp_path / "records.json"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks", "--quick", "--json", str(path), "--data", str(tmp_path)),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    # Decoding into the Struct checks that every member is there, and of its type.
+    records = msgspec.json.decode(path.read_bytes(), type=list[Record], strict=True)
+    names = [record.name for record in records]
+    assert len(set(names)) == len(names)
+    assert {name.partition(":")[0] for name in names} == {name for figures, _ in FILES for name in figures}
+    for record in records:
+        assert record.value > 0 and record.raw_limit.value > 0, record.name
+        assert record.ratio == pytest.approx(record.value / record.raw_limit.value)
+        assert record.ratio_low <= record.ratio_high
+        assert record.unit
+        assert record.what
+        assert record.raw_limit.what
+        assert len(record.values) == record.parameters["runs"]
+        assert {"payload_bytes", "traces"} & set(record.parameters)
+        assert {"concurrency", "count"} <= set(record.parameters)
+        assert record.durability in ("durable", "fast")
+        assert record.replicas == 1
+        assert {"holdfast", "python", "nats-server", "nats-py", "duckdb", "pyarrow", "deltalake", "msgspec"} <= set(
+            record.versions
+        )
+        assert {"cores", "kernel", "cpu"} <= set(record.machine)
+        assert record.git_commit
+        assert record.started_at
+        if record.unit == "ms":
+            assert record.p50_ms is not None
+            assert record.p99_ms is not None
+            assert 0 < record.p50_ms <= record.p99_ms
+        assert record.name in output.decode()
+    assert not list(tmp_path.glob("holdfast-bench-*")), "scratch data was left behind"
+
+
+async def test_an_unknown_figure_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks", "no_such_figure", "--json", str(tmp_path / "records.json")),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, errors = await process.communicate()
+    assert process.returncode == 2
+    assert b"put_sequential" in errors
+    assert not list(tmp_path.iterdir())
