@@ -6,7 +6,9 @@ Holds no tests itself.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import os
 import selectors
 import signal
@@ -15,9 +17,13 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from holdfast.ops.cli.app import run
 from tests.support import LIMIT_S
+
+if TYPE_CHECKING:
+    import pytest
 
 MODULE: Final = (sys.executable, "-m", "holdfast.ops.cli")
 _OURS: Final = ("HOLDFAST_", "NATS_")
@@ -89,6 +95,51 @@ class CommandLine:
             service.stop()
         finally:
             service.kill()
+
+
+class InProcess:
+    """Runs commands in this process: ten times faster, by the same entry point.  Made by :func:`in_process`."""
+
+    def __init__(self, data: Path, capture: pytest.CaptureFixture[bytes]) -> None:
+        self.data = data
+        self._capture = capture
+
+    def __call__(self, *arguments: str, status: int = 0, stdin: bytes = b"") -> Outcome:
+        """Runs a command and returns its outcome; it must end with ``status``."""
+        self._capture.readouterr()
+        before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(stdin))
+        try:
+            found = run(list(arguments))
+        finally:
+            sys.stdin = before
+        sys.stdout.flush()
+        written = self._capture.readouterr()
+        done = subprocess.CompletedProcess(list(arguments), found, written.out, written.err)
+        outcome = Outcome(done)
+        assert outcome.status == status, f"{arguments}: status {outcome.status}\n{outcome.out}\n{outcome.err}"
+        return outcome
+
+
+@contextlib.contextmanager
+def in_process(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[bytes], **variables: str
+) -> Generator[InProcess]:
+    """Yields what runs commands on one data directory, without any variable of the surroundings."""
+    for name in os.environ:
+        if name.startswith(_OURS):
+            monkeypatch.delenv(name)
+    for name, value in {"HOLDFAST_DATA": str(data), "COLUMNS": "200", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(data.parent)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield InProcess(data, capture)
+    finally:
+        # The entry point owns the log of its process: here it is pytest's.
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.getLogger("holdfast").setLevel(logging.NOTSET)
 
 
 class Service:

@@ -6,21 +6,24 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncGenerator
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import msgspec
 from hypothesis import settings
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from holdfast.ops.server import EmbeddedServer
 from holdfast.ops.server_config import ServerSettings
 from holdfast.schemas.errors import UnavailableError
 from holdfast.streams.connection import open_connection
 from holdfast.streams.topology import StreamInfo, ensure_topology
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from nats.aio.msg import Msg
 
 LIMIT_S: Final = 30.0
 """Bounds every wait of these tests; none of them is expected to take that long."""

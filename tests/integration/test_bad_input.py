@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import psutil
@@ -24,13 +24,15 @@ from holdfast.schemas.errors import HoldfastError, InputError, NotFoundError, To
 from holdfast.schemas.names import encode_token
 from holdfast.schemas.refs import compute_digest, format_ref
 from holdfast.streams.codec import CHUNK_KIND, seal
-from holdfast.streams.dead import DeadLetter
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
 from holdfast.workers.control import evict, flush
 from holdfast.workers.system import RunningWorkers
 from tests.running import dead_letters, own_server, put_version, running, settings_in
 from tests.support import LIMIT_S, plain_client, raw_publish
+
+if TYPE_CHECKING:
+    from holdfast.streams.dead import DeadLetter
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -40,7 +42,8 @@ else:
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 Headers = dict[str, str]
-EXAMPLES: Final = 1_000
+Members = list[dict[str, object]]
+EXAMPLES: Final = 800
 DEEP: Final = b"[" * 65 + b"]" * 65
 
 
@@ -98,18 +101,23 @@ def wrong_values(*allowed: type) -> list[object]:
     return [value for value in (True, 1, 1.5, "x", [1], {"a": 1}) if type(value) not in allowed]
 
 
+def one_each(names: Sequence[str], *values: object) -> Members:
+    """Members of messages: each name with each value."""
+    return [{name: value} for name in names for value in values]
+
+
 def garbage_events() -> list[bytes]:
     texts = ("id", "event_id", "session_id", "correlation_id", "parent_event_id", "root_event_id", "client_id",
              "originator", "source_id")  # fmt: skip
-    fields: list[dict[str, object]] = [{field: value} for field in texts for value in wrong_values(str)]
-    fields += [{field: ""} for field in texts]
-    fields += [{field: "x" * (limits.ID_CHARS + 1)} for field in texts]
-    fields += [{"timestamp": value} for value in (True, "yesterday", [1], {"a": 1}, -1, 10**30, "0000-01-01T00:00:00")]
-    fields += [{"event_depth": value} for value in (*wrong_values(int), -1, 2**31, 2**70)]
-    fields += [{"context_ref": value} for value in wrong_values()]
-    fields += [{"context": 1, "context_ref": "ctx_note_" + "a" * 32}]
-    fields += [{"context": 1, "context_kind": value} for value in (*wrong_values(str), "a b", "", "k" * 65, "é")]
-    fields += [{"v": value} for value in (2, 0, "1", [1])]
+    fields: Members = [{field: value} for field in texts for value in wrong_values(str)]
+    fields += one_each(texts, "", "x" * (limits.ID_CHARS + 1))
+    fields += one_each(["timestamp"], True, "yesterday", [1], {"a": 1}, -1, 10**30, "0000-01-01T00:00:00")
+    fields += one_each(["event_depth"], *wrong_values(int), -1, 2**31, 2**70)
+    fields += one_each(["context_ref"], *wrong_values())
+    fields.append({"context": 1, "context_ref": "ctx_note_" + "a" * 32})
+    kinds = one_each(["context_kind"], *wrong_values(str), "a b", "", "k" * 65, "é")
+    fields += [{"context": 1} | members for members in kinds]
+    fields += one_each(["v"], 2, 0, "1", [1])
     # An inline context counts as a part of its message: the message is what has the limit.
     over = json.dumps({"data": "x" * (limits.EVENT_BYTES - 11)}).encode()
     assert len(over) == limits.EVENT_BYTES + 1
@@ -165,17 +173,17 @@ def garbage_contexts() -> list[tuple[str, bytes, Headers]]:
 def garbage_versions() -> list[bytes]:
     good = {"version": 1, "op": "put"}
     texts = ("event_id", "changed_by", "change_type", "session_id", "agent_id", "source", "proposed_by", "approved_by")
-    fields: list[dict[str, object]] = [{field: value} for field in texts for value in wrong_values(str)]
+    fields: Members = [{field: value} for field in texts for value in wrong_values(str)]
     # Far over any name: nothing of this size is a label.
-    fields += [{field: "x" * 100_000} for field in texts]
-    fields += [{"version": value} for value in (*wrong_values(int), -1, 2**63, 2**70)]
-    fields += [{"op": value} for value in (*wrong_values(), "")]
-    fields += [{"ref": value} for value in wrong_values()]
-    fields += [{"tags": value} for value in ("x", 1, {"a": 1}, [1], [["x"]])]
-    for field in ("timestamp_ms", "expires_at_ms", "approved_at_ms"):
-        fields += [{field: value} for value in (*wrong_values(int), -1, 2**63, 2**70)]
-    fields += [{"confidence": value} for value in wrong_values(int, float)]
-    fields += [{"v": value} for value in (2, "1")]
+    fields += one_each(texts, "x" * 100_000)
+    fields += one_each(["version"], *wrong_values(int), -1, 2**63, 2**70)
+    fields += one_each(["op"], *wrong_values(), "")
+    fields += one_each(["ref"], *wrong_values())
+    fields += one_each(["tags"], "x", 1, {"a": 1}, [1], [["x"]])
+    times = ("timestamp_ms", "expires_at_ms", "approved_at_ms")
+    fields += one_each(times, *wrong_values(int), -1, 2**63, 2**70)
+    fields += one_each(["confidence"], *wrong_values(int, float))
+    fields += one_each(["v"], 2, "1")
     return [
         *(b"", b"{", b"null", b"[]", b"\xff", b"{}", b'{"version":1}', b'{"op":"put"}', DEEP),
         *(b'{"version":1,"op":"put","confidence":NaN}', b'{"version":1,"op":"put","confidence":1e400}'),
@@ -268,9 +276,7 @@ async def test_forged_manifests_neither_are_served_nor_hide_the_true_context(sys
     hf = system.hf
     part = b"z" * 100
     chunk = compute_digest("bad", CHUNK_KIND, part, content_type=BINARY)
-    await system.store(
-        f"$KV.ctx-hot.bad.{chunk}", part, {"Hf-Kind": CHUNK_KIND, "Hf-Type": BINARY, "Hf-Form": "chunk"}
-    )
+    await system.store(f"$KV.ctx-hot.bad.{chunk}", part, {"Hf-Kind": CHUNK_KIND, "Hf-Type": BINARY, "Hf-Form": "chunk"})
     bodies = [b'{"true": %d}' % n for n in range(8)]
     forgeries = [
         manifest_of(part, [chunk]),  # its chunk is there, and makes another body
@@ -283,9 +289,7 @@ async def test_forged_manifests_neither_are_served_nor_hide_the_true_context(sys
         b"not json",
     ]
     stored = [
-        await system.store(
-            f"$KV.ctx-hot.bad.{good_digest(body)}", forgery, {"Hf-Kind": "note", "Hf-Form": "manifest"}
-        )
+        await system.store(f"$KV.ctx-hot.bad.{good_digest(body)}", forgery, {"Hf-Kind": "note", "Hf-Form": "manifest"})
         for body, forgery in zip(bodies, forgeries, strict=True)
     ]
     for body in bodies:
@@ -322,6 +326,31 @@ async def test_a_forged_hot_copy_does_not_hide_the_archived_one(system: System) 
     assert json.loads(reply.data)["body"] == {"archived": "small"}
     await flush(hf.connection)
     await evict(hf.connection, 0.0)
+
+
+async def test_a_taken_place_of_an_inline_context_makes_one_dead_letter_and_holds_up_nothing(system: System) -> None:
+    """Somebody has put garbage where the context of an event belongs."""
+    body = b'{"squatted": true}'
+    digest = compute_digest("bad", "event", body)
+    await system.store(f"$KV.ctx-hot.bad.{digest}", b"garbage", {"Hf-Kind": "event"})
+    place = await system.store("ctx.bad.event.squat.x", b'{"context": ' + body + b"}")
+    for n in range(3):
+        await system.store("ctx.bad.event.squat.x", b'{"context": {"good": %d}}' % n)
+    found = [event async for event in system.hf.query(agent="squat")]
+    assert len([event for event in found if event.context_ref and event.context_ref[-32:] != digest]) == 3
+    await flush(system.hf.connection)
+    letter = (await system.letters())[place]
+    assert letter.code == "conflict"
+    found = [event async for event in system.hf.query(agent="squat")]
+    assert [(await system.hf.resolve(event.context_ref or "")).body for event in found] == [
+        {"good": n} for n in range(3)
+    ]
+    await evict(system.hf.connection, 0.0)
+    # With the garbage gone, the same is good again.
+    await system.store("ctx.bad.event.squat.x", b'{"context": ' + body + b"}")
+    await flush(system.hf.connection)
+    assert (await system.hf.resolve(format_ref("event", digest))).body == {"squatted": True}
+    await system.check_well()
 
 
 # Names and sizes at the edge of the client

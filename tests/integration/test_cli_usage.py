@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from holdfast.ops.cli import exit_codes
-from tests.command_line import CommandLine
+from tests.command_line import CommandLine, InProcess, in_process
 
 COMMANDS = (
     "up", "worker", "demo", "import", "put", "resolve", "emit", "query", "sql", "flush", "evict", "stats", "health",
@@ -16,11 +17,14 @@ COMMANDS = (
 
 
 @pytest.fixture
-def holdfast(tmp_path: Path) -> CommandLine:
-    return CommandLine(tmp_path / "data", COLUMNS="200")
+def holdfast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> Generator[InProcess]:
+    with in_process(tmp_path / "data", monkeypatch, capfdbinary) as commands:
+        yield commands
 
 
-def test_help_lists_the_commands_and_the_exit_statuses(holdfast: CommandLine) -> None:
+def test_help_lists_the_commands_and_the_exit_statuses(holdfast: InProcess) -> None:
     text = holdfast("--help").out
     for command in COMMANDS:
         assert f" {command} " in text
@@ -37,17 +41,22 @@ def test_the_documents_say_the_same() -> None:
         assert f"`{command}" in page
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_explains_itself_with_examples(holdfast: CommandLine, command: str) -> None:
+def test_each_command_explains_itself_with_examples(holdfast: InProcess, command: str) -> None:
     text = holdfast(command, "--help").out
     assert "Examples:" in text
     assert f"holdfast {command}" in text
     assert "--json" in text
 
 
-def test_version(holdfast: CommandLine) -> None:
+def test_version(holdfast: InProcess) -> None:
     assert holdfast("--version").out.startswith("holdfast 0.")
+
+
+def test_the_program_is_the_same(tmp_path: Path) -> None:
+    line = CommandLine(tmp_path / "data")
+    assert line("--version").out.startswith("holdfast 0.")
+    assert line("putt", status=2).err.startswith("error: no such command")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +77,7 @@ def test_version(holdfast: CommandLine) -> None:
     ],
 )
 def test_a_command_that_cannot_be_understood_is_told_in_one_line(
-    holdfast: CommandLine, arguments: tuple[str, ...], told: str
+    holdfast: InProcess, arguments: tuple[str, ...], told: str
 ) -> None:
     outcome = holdfast(*arguments, status=2)
     assert outcome.out == ""
@@ -92,13 +101,13 @@ def test_a_command_that_cannot_be_understood_is_told_in_one_line(
     ],
 )
 def test_errors_have_a_code_and_a_status(
-    holdfast: CommandLine, arguments: tuple[str, ...], status: int, code: str
+    holdfast: InProcess, arguments: tuple[str, ...], status: int, code: str
 ) -> None:
     assert holdfast(*arguments, "--json", status=status).error["code"] == code
 
 
-def test_an_unknown_variable_is_named(tmp_path: Path) -> None:
-    line = CommandLine(tmp_path / "data", HOLDFAST_PROT="4222")
-    error = line("config", "--json", status=3).error
+def test_an_unknown_variable_is_named(holdfast: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOLDFAST_PROT", "4222")
+    error = holdfast("config", "--json", status=3).error
     assert "prot" in error["message"]
     assert "HOLDFAST_PORT" in error["hint"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from typing import TYPE_CHECKING
 
 import pytest
 
 from holdfast.client import connect
 from holdfast.schemas import limits
 from holdfast.schemas.errors import HoldfastError, RetryError, TooLargeError
+from holdfast.schemas.refs import parse_ref
 from holdfast.streams import committer as committer_module
 from holdfast.streams.committer import Committer, Settled
 from holdfast.streams.connection import Connection, open_connection
@@ -18,8 +20,10 @@ from holdfast.streams.publish import Outgoing, PubAck, Refused, publish, publish
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import EVENTS_STREAM, H_EXPECT_SUBJECT_SEQ, H_MSG_ID, HOT_STREAM
-from tests.conftest import StartServer
 from tests.support import LIMIT_S, OwnServer
+
+if TYPE_CHECKING:
+    from tests.conftest import StartServer
 
 
 def event(namespace: str, number: int | str, payload: bytes = b"{}") -> Outgoing:
@@ -53,9 +57,7 @@ class TestOutcomes:
         await committer.close()
         assert await messages_of(connection, namespace) == [f"{namespace}.{i}" for i in range(1_234)]
 
-    async def test_a_repeated_id_is_stored_once_and_told_as_known(
-        self, connection: Connection, namespace: str
-    ) -> None:
+    async def test_a_repeated_id_is_stored_once_and_told_as_known(self, connection: Connection, namespace: str) -> None:
         committer = Committer(connection)
         first = await committer.store_many([event(namespace, i) for i in range(100)])
         again = await committer.store_many([event(namespace, i) for i in range(50, 150)])
@@ -108,9 +110,7 @@ class TestOutcomes:
         await committer.close()
         assert len({outcome.seq for outcome in outcomes}) == count
 
-    async def test_a_stream_that_does_not_exist_is_unavailable_after_the_deadline(
-        self, connection: Connection
-    ) -> None:
+    async def test_a_stream_that_does_not_exist_is_unavailable_after_the_deadline(self, connection: Connection) -> None:
         committer = Committer(connection, deadline_s=0.2)
         with pytest.raises(RetryError):
             await committer.store(Outgoing("nobody.listens.here", {}, b""))
@@ -144,7 +144,9 @@ class TestCancelling:
         outcomes = await asyncio.wait_for(asyncio.gather(*callers, return_exceptions=True), LIMIT_S)
         assert [isinstance(outcome, asyncio.CancelledError) for outcome in outcomes] == [True, False, True, False]
         await hot.close()
-        found, damaged = await hot.get_stored_many(namespace, [put.ref[-32:] for put in outcomes[1]])  # type: ignore[union-attr,misc]
+        found, damaged = await hot.get_stored_many(
+            namespace, [parse_ref(put.ref).digest for put in callers[1].result()]
+        )
         assert (len(found), damaged) == (200, {})
 
     async def test_what_was_handed_in_before_a_cancel_is_still_stored(
@@ -209,13 +211,13 @@ class TestFaults:
             async def write(i: int) -> str:
                 nonlocal acknowledged
                 if kind == "contexts":
-                    result = await hf.put({"i": i, "pad": "x" * 500})
+                    name: str = await hf.put({"i": i, "pad": "x" * 500})
                 else:
-                    result = (await hf.emit("a:b", {"i": i})).event_id  # type: ignore[assignment]
+                    name = (await hf.emit("a:b", {"i": i})).event_id
                 acknowledged += 1
                 if acknowledged >= 1_000:
                     some.set()
-                return result
+                return name
 
             writes = [asyncio.ensure_future(write(i)) for i in range(5_000)]
             await asyncio.wait_for(some.wait(), LIMIT_S)

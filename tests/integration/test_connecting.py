@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,11 +20,14 @@ from holdfast.schemas.errors import (
     UnknownOutcomeError,
 )
 from holdfast.schemas.refs import Ref
-from holdfast.streams.connection import Connection, open_connection
+from holdfast.streams.connection import Connection, Msg, open_connection
 from holdfast.streams.lean import Lean
 from holdfast.streams.retry import NoResponderError, call_with_retry
 from holdfast.streams.wire import HOT_STREAM
 from tests.support import LIMIT_S, OwnServer, plain_client
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 async def enter(url: str | None, **settings: str) -> None:
@@ -201,7 +204,7 @@ class TestLean:
                 task.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
             async with asyncio.timeout(LIMIT_S):
-                while connection.lean._waiting:
+                while connection.lean._waiting:  # noqa: ASYNC110  emptied by a sweep: there is no event
                     await asyncio.sleep(0.02)
 
     async def test_closing_ends_what_is_under_way(self, nats_server: str) -> None:
@@ -227,6 +230,18 @@ class TestLean:
                 await asyncio.wait_for(
                     call_with_retry(lambda: connection.lean.request("$JS.API.INFO"), deadline_s=15), LIMIT_S
                 )
+
+    async def test_after_a_flush_the_server_knows_a_subscription(self, own_server: OwnServer) -> None:
+        """nats-py's own flush may overtake what it is meant to push out."""
+        async with plain_client(own_server.url) as client, open_connection(own_server.url) as connection:
+
+            async def answer(message: Msg) -> None:
+                await message.respond(b"here")
+
+            for i in range(300):
+                await connection.client.subscribe(f"service.{i}", cb=answer)
+                await connection.client.flush()
+                assert (await client.request(f"service.{i}", timeout=LIMIT_S)).data == b"here"
 
     async def test_two_layers_on_one_connection_do_not_mix(self, connection: Connection) -> None:
         async with Lean(connection.client) as second:

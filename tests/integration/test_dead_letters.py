@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+
 import pytest
 
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError
@@ -84,7 +85,15 @@ async def test_any_reason_is_kept_as_far_as_there_is_room(own_server: OwnServer,
 
 @pytest.mark.parametrize(
     "subject",
-    ["ctx.x--zz.event.a.b", "ctx.\ufffd.event.a.b", "ctx.a\x00b.event.x", "ctx..event", "$KV.ctx-hot.ns.d", "x", "ü" * 1_000],
+    [
+        "ctx.x--zz.event.a.b",
+        "ctx.\ufffd.event.a.b",
+        "ctx.a\x00b.event.x",
+        "ctx..event",
+        "$KV.ctx-hot.ns.d",
+        "x",
+        "ü" * 1_000,
+    ],
     ids=lambda text: repr(text)[:20],
 )
 async def test_any_subject_can_be_buried(own_server: OwnServer, subject: str) -> None:

@@ -12,9 +12,10 @@ from tests.command_line import CommandLine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
-def test_the_demo_of_the_agents_shows_every_part(tmp_path: Path) -> None:
-    holdfast = CommandLine(tmp_path / "data", TMPDIR=str(tmp_path))
-    text = holdfast("demo").out
+def test_the_agents_hand_on_references_and_what_is_shown_is_kept(tmp_path: Path) -> None:
+    holdfast = CommandLine(tmp_path / "data")
+    kept = str(tmp_path / "kept")
+    text = holdfast("demo", "--data", kept).out
     for title in (
         "Three agents",
         "Equal contexts",
@@ -24,37 +25,34 @@ def test_the_demo_of_the_agents_shows_every_part(tmp_path: Path) -> None:
         "comes from",
     ):
         assert title in text
-    assert "module:reviewed" in text
-    assert "identical" in text
+    assert text.count("identical") == 6
     assert "differ" not in text
-    # Its own directory is gone, and the one of the surroundings was not touched.
-    assert not list(tmp_path.glob("holdfast-demo-*"))
+
+    query = """
+        SELECT name, count(*) AS events, count(DISTINCT context_ref) AS contexts, count(DISTINCT agent_id) AS agents,
+            max(length(data)) AS longest, max(event_depth) AS depth
+        FROM events GROUP BY name ORDER BY depth
+    """
+    listed, found, measured, reviewed = holdfast("sql", "--data", kept, query, "--json").lines
+    modules = found["events"]
+    assert modules > 100
+    assert f"{modules} modules" in text
+    assert [line["name"] for line in (listed, found, measured, reviewed)] == [
+        "library:listed", "module:found", "module:measured", "module:reviewed",
+    ]  # fmt: skip
+    assert (listed["events"], measured["events"], reviewed["events"]) == (1, modules, modules)
+    assert [line["depth"] for line in (listed, found, measured, reviewed)] == [0, 1, 2, 3]
+    # No body travels in an event, and the reviewer's rules are stored once.
+    assert max(line["longest"] for line in (listed, found, measured, reviewed)) < 200
+    assert holdfast(
+        "sql", "--data", kept, "SELECT count(*) AS n FROM contexts WHERE kind = 'rules'", "--json"
+    ).json == {"n": 1}
+    assert holdfast("verify", "--data", kept, "--json").json["ok"] is True
     assert not holdfast.data.exists()
 
 
-def test_the_demo_on_a_data_directory_keeps_what_it_stored(tmp_path: Path) -> None:
-    holdfast = CommandLine(tmp_path / "data")
-    kept = tmp_path / "kept"
-    story = holdfast("demo", "--data", str(kept), "--json").json
-    modules = story["modules"]
-    assert modules > 100
-    assert story["storage"]["events"] == 3 * modules + 1
-    assert [(line["tiers"], line["same"]) for line in story["resolved"]] == [(["hot", "lake"], True)] * 6
-    assert story["archived"]["left"] == 0
-    sizes = story["bytes"]
-    assert sizes["lineage_embedded"] > sizes["embedded"] > sizes["archived"]
-    rules = next(line for line in story["deduplication"] if line["kind"] == "rules")
-    assert (rules["mentions"], rules["distinct"]) == (modules, 1)
-    names = [step["event"]["name"] for step in story["lineage"]]
-    assert names == ["library:listed", "module:found", "module:measured", "module:reviewed"]
-    # No body travels in an event.
-    longest = "SELECT max(length(data)) AS longest FROM events"
-    assert holdfast("sql", "--data", str(kept), longest, "--json").json["longest"] < 200
-    assert holdfast("verify", "--data", str(kept), "--json").json["ok"] is True
-
-
 def test_the_demo_of_traces_shows_the_same_figures(tmp_path: Path) -> None:
-    holdfast = CommandLine(tmp_path / "data")
+    holdfast = CommandLine(tmp_path / "data", TMPDIR=str(tmp_path))
     path = tmp_path / "few.steps.jsonl"
     lines = [
         {"session_id": f"s{session}", "seq": seq, "role": "user", "content": f"step {seq} " * 50}
@@ -66,5 +64,10 @@ def test_the_demo_of_traces_shows_the_same_figures(tmp_path: Path) -> None:
     assert story["imported"]["steps"] == 30
     assert story["imported"]["distinct_contexts"] == 10
     assert story["bytes"]["embedded"] > story["bytes"]["compressed"]
-    assert all(line["same"] for line in story["resolved"])
+    assert [(line["tiers"], line["same"]) for line in story["resolved"]] == [(["hot", "lake"], True)] * 6
+    assert (story["archived"]["purged"], story["archived"]["left"]) == (10, 0)
+    assert [step["event"]["event_depth"] for step in story["lineage"]] == list(range(10))
     assert "Recorded traces" in holdfast("demo", "--traces", str(path)).out
+    # Its own directory is gone, and the one of the surroundings was not touched.
+    assert not list(tmp_path.glob("holdfast-demo-*"))
+    assert not holdfast.data.exists()

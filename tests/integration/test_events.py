@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from holdfast.client import Event, Holdfast, connect
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, InvalidNameError, InvalidRefError, TooLargeError
 from holdfast.schemas.ids import derived_event_id, new_event_id
-from holdfast.schemas.rows import EventRow
-from holdfast.streams.connection import Connection
 from holdfast.streams.decode import decode_event
 from holdfast.streams.events import NewEvent
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import EVENTS_STREAM
+
+if TYPE_CHECKING:
+    from holdfast.schemas.rows import EventRow
+    from holdfast.streams.connection import Connection
 
 
 async def rows_of(connection: Connection, namespace: str) -> list[EventRow]:
@@ -92,9 +94,7 @@ async def test_a_repeated_id_is_stored_once(hf: Holdfast, connection: Connection
     assert [row.id for row in await rows_of(connection, hf.namespace)] == [event_id]
 
 
-async def test_one_id_in_two_namespaces_is_two_events(
-    hf: Holdfast, nats_server: str, connection: Connection
-) -> None:
+async def test_one_id_in_two_namespaces_is_two_events(hf: Holdfast, nats_server: str, connection: Connection) -> None:
     event_id = str(new_event_id())
     await hf.emit("e", event_id=event_id)
     async with connect(nats_server, namespace=hf.namespace + "-2") as other:
@@ -176,8 +176,9 @@ async def test_any_name_reaches_the_stream_and_comes_back(hf: Holdfast, connecti
 async def test_what_may_not_be_sent_is_refused_by_name(
     hf: Holdfast, connection: Connection, arguments: dict[str, Any], error: type[HoldfastError], field: str
 ) -> None:
+    sent: dict[str, Any] = {"name": "e"}
     with pytest.raises(error) as caught:
-        await hf.emit(**({"name": "e"} | arguments))
+        await hf.emit(**(sent | arguments))
     assert caught.value.field == field
     assert await rows_of(connection, hf.namespace) == []
 
@@ -210,7 +211,8 @@ async def test_a_bad_prepared_event_is_refused_before_anything_is_sent(hf: Holdf
         {"source_id": ""},
     ]
     for change in bad:
-        event = NewEvent(**({"namespace": hf.namespace, "agent_id": "a", "name": "e"} | change))
+        fields: dict[str, Any] = {"namespace": hf.namespace, "agent_id": "a", "name": "e"}
+        event = NewEvent(**(fields | change))
         with pytest.raises(InvalidFieldError):
             await hf.publish_many([good, event])
     with pytest.raises(InvalidRefError):

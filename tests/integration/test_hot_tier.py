@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import msgspec
 import nats.js.errors
 import pytest
-from nats.aio.client import Client
 
 from holdfast.client import Holdfast, connect
 from holdfast.schemas import limits
@@ -28,10 +28,14 @@ from holdfast.schemas.errors import (
 )
 from holdfast.schemas.refs import JSON, Digest, compute_digest, format_ref, parse_ref
 from holdfast.streams.codec import seal
-from holdfast.streams.connection import Connection
 from holdfast.streams.hot import HotTier, NewContext
 from holdfast.streams.wire import HOT_STREAM, hot_subject
 from tests.support import OwnServer, hpub, plain_client, raw_publish
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+    from holdfast.streams.connection import Connection
 
 
 def subject_of(namespace: str, ref: str) -> str:
@@ -190,7 +194,9 @@ class TestPutMany:
         assert len(set(refs)) == 1_000
         assert await stored_count(connection, hf.namespace) == 1_000
         # Neighbours in the stream that were stored in one batch carry its id.
-        message = await connection.lean.request(f"$JS.API.DIRECT.GET.{HOT_STREAM}.{subject_of(hf.namespace, refs[500])}")
+        message = await connection.lean.request(
+            f"$JS.API.DIRECT.GET.{HOT_STREAM}.{subject_of(hf.namespace, refs[500])}"
+        )
         assert "Nats-Batch-Id" in (message.headers or {})
 
     async def test_concurrent_equal_puts_share_one_write(self, hf: Holdfast, connection: Connection) -> None:
@@ -419,9 +425,7 @@ class TestRefusedInput:
             (None, InvalidRefError),
         ],
     )
-    async def test_what_is_no_reference_is_refused(
-        self, hf: Holdfast, ref: str, error: type[HoldfastError]
-    ) -> None:
+    async def test_what_is_no_reference_is_refused(self, hf: Holdfast, ref: str, error: type[HoldfastError]) -> None:
         with pytest.raises(error):
             await hf.resolve(ref)
         with pytest.raises(error):

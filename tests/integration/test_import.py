@@ -92,9 +92,13 @@ def test_the_command_tells_counts_and_places(tmp_path: Path, steps: Path) -> Non
     assert "and 10 more that could not be read" in outcome.err
 
 
-@pytest.mark.slow
 def test_lineage_times_and_counts_in_sql(tmp_path: Path, steps: Path) -> None:
     holdfast = CommandLine(tmp_path / "data")
+    with holdfast.up():
+        check_sql(holdfast, steps)
+
+
+def check_sql(holdfast: CommandLine, steps: Path) -> None:
     holdfast("import", str(steps))
     holdfast("flush")
     query = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
@@ -18,6 +18,9 @@ from holdfast.streams.tail import ResidentTail, StreamTail, open_tail
 from holdfast.streams.topology import ensure_topology, stream_info
 from holdfast.streams.wire import EVENTS_STREAM
 from tests.support import LIMIT_S, OwnServer, hpub, plain_client, raw_publish
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 
 @pytest_asyncio.fixture

@@ -18,7 +18,7 @@ from holdfast.streams.events import NewEvent
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM
 from holdfast.workers.control import archiver_status, evict, flush
-from tests.running import own_server, settings_in, target_of, until_ready, worker_process
+from tests.running import eventually, own_server, settings_in, target_of, until_ready, worker_process
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.slow]
 
@@ -26,7 +26,7 @@ EVENTS: Final = 20_000
 CONTEXTS: Final = 10_000
 PUBLISHERS: Final = 4
 BATCH: Final = 125
-OBSERVATIONS_PER_BATCH: Final = 2
+OBSERVATIONS_PER_BATCH: Final = 3
 WINDOW_S: Final = 0.1
 
 
@@ -76,11 +76,11 @@ class Reader(threading.Thread):
         if self.error is not None:
             raise self.error
 
-
     async def keep_pace(self, batches: int) -> None:
         """Waits while the reader has seen less than its share of so many batches, so that it sees them come."""
-        while len(self.observations) < batches * OBSERVATIONS_PER_BATCH and self.is_alive():
-            await asyncio.sleep(0.001)
+        await eventually(
+            lambda: len(self.observations) >= batches * OBSERVATIONS_PER_BATCH or not self.is_alive(), 0.001
+        )
 
 
 async def publish_events(hf: Holdfast, publisher: int, tally: Tally, reader: Reader) -> None:

@@ -6,11 +6,10 @@ import base64
 import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
-from nats.aio.client import Client
 
 from holdfast.client import connect
 from holdfast.schemas import limits
@@ -19,6 +18,9 @@ from holdfast.streams.connection import Connection, open_connection
 from holdfast.workers.control import evict, flush
 from tests.running import own_server, put_version, running, settings_in, target_of
 from tests.support import plain_client
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -141,9 +143,7 @@ async def test_put_and_resolve_have_the_stated_fields(plain: Plain, control: Con
 
 async def test_a_body_is_stored_as_its_exact_text(plain: Plain) -> None:
     ref = (await plain.call("put", b'{"kind": "note", "body": {"z":1,  "a": 1.50} }'))["ref"]
-    reply = await plain.client.request(
-        f"ctx.{plain.namespace}.resolve", json.dumps({"ref": ref}).encode(), timeout=20
-    )
+    reply = await plain.client.request(f"ctx.{plain.namespace}.resolve", json.dumps({"ref": ref}).encode(), timeout=20)
     assert b'{"z":1,  "a": 1.50}' in reply.data
 
 

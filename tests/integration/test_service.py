@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from holdfast.client.cold import ResolverClient, error_of
 from holdfast.schemas.errors import (
@@ -22,13 +19,20 @@ from holdfast.schemas.errors import (
     UnavailableError,
 )
 from holdfast.streams import service as service_module
-from holdfast.streams.connection import Connection
 from holdfast.streams.service import Call, EndpointCounters, ErrorReply, Handler, decode_request, serve
 from tests.support import LIMIT_S, plain_client, raw_publish
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+    from holdfast.streams.connection import Connection
+
 
 @asynccontextmanager
-async def serving(connection: Connection, **handlers: Handler) -> AsyncIterator[dict[str, EndpointCounters]]:
+async def serving(connection: Connection, **handlers: Handler) -> AsyncGenerator[dict[str, EndpointCounters]]:
     endpoints = {name: (f"ctx.*.{name}", handler) for name, handler in handlers.items()}
     async with serve(connection, name="test", version="1.0.0", description="tests", endpoints=endpoints) as counters:
         yield counters
@@ -117,7 +121,7 @@ async def test_a_namespace_that_is_none_is_refused(connection: Connection, nats_
         (b'{"limit": "x"}', "limit"),
         (b'{"limit": 1.5}', "limit"),
         (b'{"ref": 5}', "ref"),
-        (b'{"unknown": 1}', "request"),
+        (b'{"unknown": 1}', "unknown"),
         (b"[1]", "request"),
         (b"5", "request"),
         (b"not json", "request"),

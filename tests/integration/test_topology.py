@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import pytest_asyncio
@@ -15,6 +14,9 @@ from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.topology import declarations, ensure_topology, stream_info
 from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
 from tests.support import LIMIT_S, OwnServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 NAMES = {HOT_STREAM, KEYS_STREAM, EVENTS_STREAM, DEAD_STREAM}
 

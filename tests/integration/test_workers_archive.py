@@ -20,7 +20,7 @@ from holdfast.schemas import limits
 from holdfast.schemas.errors import NotFoundError
 from holdfast.schemas.ids import new_event_id
 from holdfast.schemas.refs import compute_digest, format_ref
-from holdfast.schemas.rows import TABLES
+from holdfast.schemas.rows import TABLES, ContextRow
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.events import NewEvent
 from holdfast.streams.pull import StreamReader
@@ -371,7 +371,7 @@ async def test_a_run_that_inflates_is_archived_in_parts(server: OwnServer, setti
         messages = await _read_all(hf.connection)
         run = await asyncio.to_thread(decode_run, "contexts", messages)
         assert 0 < run.taken < len(messages)
-        assert sum(len(row.body) for row in run.rows if hasattr(row, "body")) < 130 * limits.MIB
+        assert sum(len(row.body) for row in run.rows if isinstance(row, ContextRow)) < 130 * limits.MIB
         async with running(server.url, settings, ["archiver"]) as workers:
             assert (await flush(hf.connection)).watermarks["contexts"] == 600
             assert workers.counters()["archiver"]["contexts_cycles"] >= 3

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from tests.support import OwnServer, api, plain_client
 
 if TYPE_CHECKING:
     from holdfast.workers.settings import WorkerName, WorkerSettings
+    from holdfast.workers.system import RunningWorkers
 
 pytestmark = pytest.mark.asyncio
 
@@ -278,7 +280,8 @@ async def test_a_stream_that_is_gone_is_refused_and_made_anew_only_when_told(
     async with plain_client(server.url) as client:
         for stream in (EVENTS_STREAM, HOT_STREAM, "KV_ctx-keys"):
             await api(client, f"STREAM.DELETE.{stream}")
-    for names in (BOTH, ["ingester"]):
+    alone: list[WorkerName] = ["ingester"]
+    for names in (BOTH, alone):
         with pytest.raises(GapError, match="gone from the server"):
             async with running(server.url, settings, names):
                 pytest.fail("workers started on a server without the archived streams")
@@ -387,7 +390,7 @@ async def test_archiving_goes_on_after_the_server_is_killed_and_restarted(server
             await stored.add(server.url, 50)
             before = workers.connection.reconnects
             await server.restart()
-            await eventually(lambda seen=before: workers.connection.reconnects > seen)
+            await eventually(partial(_has_reconnected, workers, before))
         await stored.add(server.url, 50)
         async with connect(server.url) as hf:
             await flush(hf.connection)
@@ -395,6 +398,10 @@ async def test_archiving_goes_on_after_the_server_is_killed_and_restarted(server
             await stored.check(server.url, settings.lake)
             await eventually(lambda: _is_well(hf))
     await check_watermarks(server.url, settings.lake, {})
+
+
+def _has_reconnected(workers: RunningWorkers, before: int) -> bool:
+    return workers.connection.reconnects > before
 
 
 async def _is_well(hf: Holdfast) -> bool:

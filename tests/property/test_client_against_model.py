@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import pytest
@@ -30,10 +29,13 @@ from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM
 from tests.support import OwnServer
 
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
 T = TypeVar("T")
 
-# Few different bodies, so that equal ones meet; some over the thresholds of compression and of chunks.  They are drawn by
-# number, so that a failing example can be printed.
+# Few different bodies, so that equal ones meet; some over the thresholds of compression and of chunks.  They are drawn
+# by number, so that a failing example can be printed.
 ALL_BODIES: list[Any] = [
     *({"i": i} for i in range(10)),
     *("", "text", "ü\x00", b"", b"\x00\xff", [], {}, 0, False, [1, [2, {"z": None}]]),
@@ -228,4 +230,3 @@ TestClient.settings = settings(
     max_examples=200 if settings().max_examples > 100 else 8, stateful_step_count=30, deadline=None
 )
 TestClient = pytest.mark.faults(pytest.mark.slow(TestClient))
-

@@ -29,8 +29,16 @@ from holdfast.schemas.errors import HoldfastError, InvalidBodyError, InvalidFiel
 from holdfast.schemas.refs import JSON
 from tests.support import examples
 
-SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.floats(allow_nan=False, allow_infinity=False)
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4))
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4)
+)
 
 
 def reordered(value: Any) -> Any:
@@ -227,7 +235,11 @@ class TestNesting:
             check_json(raw)
 
     @examples(300)
-    @given(st.lists(st.sampled_from([b"[", b"]", b"{", b"}", b'"', b"\\", b"a", b"\xff", b"\n"]), max_size=400).map(b"".join))
+    @given(
+        st.lists(st.sampled_from([b"[", b"]", b"{", b"}", b'"', b"\\", b"a", b"\xff", b"\n"]), max_size=400).map(
+            b"".join
+        )
+    )
     def test_any_bytes_are_judged(self, raw: bytes) -> None:
         for check in (check_nesting, check_json):
             try:
@@ -312,7 +324,9 @@ class TestContentTypes:
     def test_a_content_type_given_is_kept(self, given_type: str) -> None:
         assert encode_body("x", given_type) == (b"x", given_type)
 
-    @pytest.mark.parametrize("given_type", ["", " x", "x" * 129, "ü", "a\nb", "a\r\nb: c", "a\x00", "a\x7f", "a\n", 5, b"x"])
+    @pytest.mark.parametrize(
+        "given_type", ["", " x", "x" * 129, "ü", "a\nb", "a\r\nb: c", "a\x00", "a\x7f", "a\n", 5, b"x"]
+    )
     def test_a_content_type_that_fits_no_header_is_refused(self, given_type: Any) -> None:
         with pytest.raises(InvalidFieldError) as caught:
             check_content_type(given_type)

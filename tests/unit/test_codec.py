@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -23,17 +23,28 @@ from holdfast.schemas.errors import (
 )
 from holdfast.schemas.ids import MAX_MS
 from holdfast.schemas.refs import JSON, Digest, compute_digest, format_ref
-from holdfast.schemas.rows import ContextRow
 from holdfast.streams.codec import Manifest, StoredForm, decode_manifest, join, reseal, seal, unseal
-from holdfast.streams.codec import zstd as zstd_module
 from tests.support import examples
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from holdfast.schemas.rows import ContextRow
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 GOLDEN = Path(__file__).parent / "golden"
 NS = "ns"
 
 
 def unsealed(form: StoredForm, namespace: str = NS, **changes: str | None) -> ContextRow:
-    headers = {**form.headers, **{name.replace("_", "-"): value for name, value in changes.items() if value is not None}}
+    headers = {
+        **form.headers,
+        **{name.replace("_", "-"): value for name, value in changes.items() if value is not None},
+    }
     for name, value in changes.items():
         if value is None:
             headers.pop(name.replace("_", "-"), None)
@@ -145,7 +156,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("size", [limits.CHUNK_BYTES + 1, 100 * limits.MIB])
     def test_a_bomb_is_refused_before_it_inflates(self, size: int) -> None:
-        form = StoredForm(Digest("a" * 32), {"Hf-Kind": "k", "Hf-Enc": "zstd"}, zstd_module.compress(bytes(size)))
+        form = StoredForm(Digest("a" * 32), {"Hf-Kind": "k", "Hf-Enc": "zstd"}, zstd.compress(bytes(size)))
         with pytest.raises(TooLargeError) as caught:
             unsealed(form)
         assert caught.value.limit == limits.CHUNK_BYTES
@@ -317,7 +328,9 @@ def test_the_format_that_is_written_is_the_newest_golden_one() -> None:
             content_type=context.content_type,
             expires_at_ms=context.expires_at_ms,
         )
-        assert [(form.digest, form.headers) for form in forms] == [(form.digest, form.headers) for form in context.forms]
+        assert [(form.digest, form.headers) for form in forms] == [
+            (form.digest, form.headers) for form in context.forms
+        ]
         for form, golden in zip(forms, context.forms, strict=True):
             if "Hf-Enc" not in form.headers:
                 assert form.payload == golden.payload

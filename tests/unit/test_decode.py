@@ -98,7 +98,17 @@ class TestRawEvents:
         )
 
     def test_null_is_the_same_as_absent(self) -> None:
-        members = ["id", "timestamp", "session_id", "parent_event_id", "event_depth", "context_ref", "context", "data", "v"]
+        members = [
+            "id",
+            "timestamp",
+            "session_id",
+            "parent_event_id",
+            "event_depth",
+            "context_ref",
+            "context",
+            "data",
+            "v",
+        ]
         assert row_of(dict.fromkeys(members)) == row_of({})
 
     def test_members_that_are_not_known_are_kept(self) -> None:
@@ -216,7 +226,9 @@ class TestTimestamps:
 
 
 class TestContexts:
-    @pytest.mark.parametrize("text", [b'{"b": 1,\n "a": 2}', b"[ ]", b'"x"', b"5", b"false", b"0", b'"\\u00fc\xc3\xbc"', b'""'])
+    @pytest.mark.parametrize(
+        "text", [b'{"b": 1,\n "a": 2}', b"[ ]", b'"x"', b"5", b"false", b"0", b'"\\u00fc\xc3\xbc"', b'""']
+    )
     def test_an_inline_context_is_its_exact_json_text(self, text: bytes) -> None:
         decoded = decode_event(raw(b'{"data":1, "context" :  ' + text + b"  }"))
         assert decoded.inline is not None
@@ -385,7 +397,11 @@ def test_a_traceparent_is_kept_if_it_is_one(header: str, kept: bool) -> None:
                 ]
             ),
             st.recursive(
-                st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+                st.none()
+                | st.booleans()
+                | st.integers()
+                | st.floats(allow_nan=False, allow_infinity=False)
+                | st.text(),
                 lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
                 max_leaves=4,
             ),
@@ -395,7 +411,9 @@ def test_a_traceparent_is_kept_if_it_is_one(header: str, kept: bool) -> None:
         st.sampled_from(["ctx.ns.event.a.b", "$KV.ctx-hot.ns." + "a" * 32, "$KV.ctx-keys.ns.k", "ctx.x--.event.a.b"]),
         st.text(max_size=30),
     ),
-    st.dictionaries(st.sampled_from(["Nats-Msg-Id", "Hf-Kind", "Hf-Exp", "Hf-Form", "traceparent"]), st.text(max_size=20)),
+    st.dictionaries(
+        st.sampled_from(["Nats-Msg-Id", "Hf-Kind", "Hf-Exp", "Hf-Form", "traceparent"]), st.text(max_size=20)
+    ),
 )
 @example(b"{}", "$KV.ctx-hot.ns.\u00b2", {})
 def test_any_message_decodes_the_same_way_twice_or_is_a_typed_error(
@@ -403,15 +421,17 @@ def test_any_message_decodes_the_same_way_twice_or_is_a_typed_error(
 ) -> None:
     message = raw(payload, subject=subject, headers=headers)
     namespace_of(message)
+    longest = 0
     for table in TABLES:
         try:
             row = decode_row(table, message)
         except HoldfastError as error:
-            assert len(str(error)) < 1_000
+            longest = max(longest, len(str(error)))
             continue
         assert decode_row(table, message) == row
         assert (row.epoch, row.seq, row.stored_at_ms) == ("e1", 42, STORED_MS)
         msgspec.json.encode(row)
+    assert longest < 1_000
 
 
 class TestOtherTables:
@@ -434,7 +454,10 @@ class TestOtherTables:
         assert isinstance(row, KeyVersionRow)
         assert (row.namespace, row.key, row.version, row.op) == ("ns", "plan.a.b", 3, "put")
         assert (row.ref, row.tags, row.timestamp_ms, row.confidence) == (REF, ("a",), 5, 0.5)
-        assert decode_key_version(raw({"version": 1, "op": "delete"}, subject="$KV.ctx-keys.ns.k")).timestamp_ms == STORED_MS
+        assert (
+            decode_key_version(raw({"version": 1, "op": "delete"}, subject="$KV.ctx-keys.ns.k")).timestamp_ms
+            == STORED_MS
+        )
 
     @pytest.mark.parametrize(
         "payload",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,6 +18,9 @@ from holdfast.schemas.errors import (
     RetryError,
 )
 from holdfast.streams.service import ErrorBody
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BRANCHES = (RetryError, InputError, ConfigurationError, IntegrityError)
 

@@ -30,6 +30,7 @@ from holdfast.schemas.errors import (
     UnavailableError,
     UnknownOutcomeError,
 )
+from holdfast.schemas.ids import EventId
 from holdfast.schemas.refs import Ref
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Context",
     "DigestMismatchError",
     "Event",
+    "EventId",
     "GapError",
     "Holdfast",
     "HoldfastError",

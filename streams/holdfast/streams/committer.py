@@ -57,10 +57,11 @@ the same content (settled) or another (an error).  Subjects that are free are le
 
 
 class _Write:
-    __slots__ = ("future", "message")
+    __slots__ = ("future", "message", "size")
 
-    def __init__(self, message: Outgoing, future: asyncio.Future[Settled]) -> None:
+    def __init__(self, message: Outgoing, size: int, future: asyncio.Future[Settled]) -> None:
         self.message = message
+        self.size = size
         self.future = future
 
 
@@ -98,13 +99,12 @@ class Committer:
 
         Raises TooLargeError before anything is sent when a message is over what the server takes.
         """
-        for message in messages:
-            check_payload(self._connection, message)
+        sizes = [check_payload(self._connection, message) for message in messages]
         futures: list[asyncio.Future[Settled]] = []
-        for message in messages:
+        for message, size in zip(messages, sizes, strict=True):
             while not self._room.is_set():
                 await self._room.wait()
-            futures.append(self._enqueue(message))
+            futures.append(self._enqueue(message, size))
         results: list[Settled] = []
         error: BaseException | None = None
         for future in futures:
@@ -123,18 +123,18 @@ class Committer:
             self._start_batches()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _enqueue(self, message: Outgoing) -> asyncio.Future[Settled]:
+    def _enqueue(self, message: Outgoing, size: int) -> asyncio.Future[Settled]:
         if self._verifier is not None:
             known = self._by_subject.get(message.subject)
             if known is not None:
                 return known.future
-        write = _Write(message, asyncio.get_running_loop().create_future())
+        write = _Write(message, size, asyncio.get_running_loop().create_future())
         # A failure that no caller waits for any more has been told to the others.
         write.future.add_done_callback(lambda done: done.cancelled() or done.exception())
         if self._verifier is not None:
             self._by_subject[message.subject] = write
         self._queue.append(write)
-        self._queued_bytes += message.size
+        self._queued_bytes += size
         if self._queued_bytes >= QUEUED_BYTES:
             self._room.clear()
         if not self._scheduled:
@@ -161,7 +161,7 @@ class Committer:
         size = 0
         while self._queue and len(batch) < limits.BATCH_MESSAGES and size < limits.BATCH_BYTES:
             write = self._queue.popleft()
-            size += write.message.size
+            size += write.size
             batch.append(write)
         self._queued_bytes -= size
         if self._queued_bytes < QUEUED_BYTES:

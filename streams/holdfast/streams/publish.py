@@ -109,18 +109,20 @@ async def publish_batch(
     return list(range(ack.seq - last + 1, ack.seq + 1))
 
 
-def check_payload(connection: Connection, message: Outgoing, *, room: int = 0) -> None:
-    """Raises TooLargeError when a message, with ``room`` bytes more, is over what the server takes.
+def check_payload(connection: Connection, message: Outgoing, *, room: int = 0) -> int:
+    """Returns a message's size; raises TooLargeError when that and ``room`` are over what the server takes.
 
     The server answers such a message by closing the connection.
     """
     limit = connection.client.max_payload
-    if message.size + room > limit:
+    size = message.size
+    if size + room > limit:
         raise TooLargeError(
-            f"message of about {message.size} bytes is over the server's max_payload of {limit}",
+            f"message of about {size} bytes is over the server's max_payload of {limit}",
             field="payload",
             limit=limit,
         )
+    return size
 
 
 def _acknowledged(reply: Msg) -> PubAck:

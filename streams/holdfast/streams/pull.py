@@ -47,6 +47,7 @@ class StreamReader:
         self.next_seq = next_seq
         self._allow_gaps = allow_gaps
         self._consumer: str | None = None
+        self._delivered_up_to = -1
         self._epoch: str = ""
         self._queue: asyncio.Queue[Msg] = asyncio.Queue()  # bounded by what a pull asks for
         self._inbox = ""
@@ -86,19 +87,14 @@ class StreamReader:
         messages: list[StoredMessage] = []
         size = 0
         while self.next_seq <= last and len(messages) < limit and size < max_bytes:
-            batch = await call_with_retry(
-                partial(self._pull, min(limit - len(messages), last - self.next_seq + 1)), deadline_s=READ_DEADLINE_S
-            )
+            count = min(limit - len(messages), last - self.next_seq + 1)
+            batch = await call_with_retry(partial(self._pull_or_confirm, count), deadline_s=READ_DEADLINE_S)
             if not batch:
                 # Nothing from here to the end: the tail was purged (only an allowed gap can be one).
-                found = await self._first_from(self.next_seq)
-                if found == self.next_seq:
-                    await self._drop_consumer()
-                    raise UnavailableError(f"stream {self._stream} does not deliver sequence {found}")
                 if self._allow_gaps:
                     self.next_seq = last + 1
                 elif not messages:
-                    raise _gap(self._stream, self.next_seq, found or last + 1)
+                    raise _gap(self._stream, self.next_seq, last + 1)
                 break
             for message in batch:
                 if message.seq != self.next_seq and not self._allow_gaps:
@@ -133,8 +129,19 @@ class StreamReader:
             return None
         return int(answer["message"]["seq"])
 
+    async def _pull_or_confirm(self, count: int) -> list[StoredMessage]:
+        """As :meth:`_pull`, but nothing is returned only when the stream itself says that nothing is there."""
+        messages = await self._pull(count)
+        if not messages and await self._first_from(self.next_seq) == self.next_seq:
+            # A consumer on a replica that has not caught up yet.
+            await self._drop_consumer()
+            raise UnavailableError(f"stream {self._stream} does not deliver sequence {self.next_seq}")
+        return messages
+
     async def _pull(self, count: int) -> list[StoredMessage]:
         """Asks once; returns what came, in order, possibly nothing when the consumer is at its end."""
+        if self._delivered_up_to != self.next_seq - 1:
+            await self._drop_consumer()  # it stands elsewhere: the position was set from outside
         if self._consumer is None:
             await self._create_consumer()
         batch = min(count, PULL_MESSAGES)
@@ -166,6 +173,7 @@ class StreamReader:
                 # A consumer that was given up may still deliver what it was asked for.
                 if f".{self._consumer}." in message.reply:
                     messages.append(self._message(message))
+                    self._delivered_up_to = messages[-1].seq
                 continue
             status = message.headers.get(H_STATUS) if message.headers else None
             if message.subject != reply:
@@ -203,6 +211,7 @@ class StreamReader:
             {"stream_name": self._stream, "config": config, "action": "create"},
         )
         self._consumer = name
+        self._delivered_up_to = self.next_seq - 1
 
     async def _drop_consumer(self) -> None:
         name, self._consumer = self._consumer, None

@@ -35,13 +35,13 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 class DecodedRun(msgspec.Struct, frozen=True):
-    """A run of messages, decoded: rows in stream order, what came inline with them, and what is none of ours.
+    """A run of messages, decoded: rows in stream order, what came inline at which sequence, what is none of ours.
 
     ``taken`` says of how many messages: less than were given when they inflate beyond the bound.
     """
 
     rows: list[Row]
-    inline: list[NewContext]
+    inline: list[tuple[int, NewContext]]
     rejected: list[Rejected]
     taken: int
 
@@ -60,7 +60,7 @@ class Deduplicated(msgspec.Struct, frozen=True):
 def decode_run(table: Table, messages: Sequence[StoredMessage], *, max_bytes: int = DECODED_BYTES) -> DecodedRun:
     """Decodes a run, at least its first message, up to ``max_bytes``; never raises for what one holds."""
     rows: list[Row] = []
-    inline: list[NewContext] = []
+    inline: list[tuple[int, NewContext]] = []
     rejected: list[Rejected] = []
     size = taken = 0
     for message in messages:
@@ -77,7 +77,7 @@ def decode_run(table: Table, messages: Sequence[StoredMessage], *, max_bytes: in
                 event = decode_event(message)
                 rows.append(event.row)
                 if event.inline is not None:
-                    inline.append(event.inline)
+                    inline.append((message.seq, event.inline))
             else:
                 rows.append(decode_key_version(message))
         except HoldfastError as error:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
     from holdfast.lake.lake import Lake
     from holdfast.streams.connection import Connection
-    from holdfast.streams.hot import HotTier
+    from holdfast.streams.hot import HotTier, NewContext
     from holdfast.streams.messages import StoredMessage
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class TableArchiver:
         elif info.first_seq > info.epoch_start and info.last_seq:
             self._alarm(
                 f"{info.name} begins at sequence {info.first_seq}, and the lake holds nothing of what stood before",
-                "is the lake's directory the right one? Then what was purged is lost; 'holdfast accept-gap' ends the alarm",
+                "is the lake's directory the right one? Then what was purged is lost: 'holdfast accept-gap' says so",
             )
         elif watermark is not None:
             logger.warning(
@@ -301,21 +301,23 @@ class TableArchiver:
 
     async def _prepare(self, run: DecodedRun, messages: list[StoredMessage]) -> tuple[list[Row], list[Rejected]]:
         """Returns the rows to commit and the messages to bury, once what came inline is stored."""
-        if run.inline:
-            puts = await self._hot.put_many(run.inline)
-            self.counters.interned += sum(not put.existed for put in puts)
+        refused = await self._intern(run.inline) if run.inline else {}
         await self._in_thread(lambda: self._index.refresh(self._lake))
         if self.table == "contexts":
-            rows, forged = await self._checked_manifests(run.rows, messages)
-            archived = await self._in_thread(lambda: self._archived(rows))
-            return deduplicate_contexts(rows, archived), run.rejected + forged
-        result = deduplicate_by_key(run.rows, await self._in_thread(lambda: self._archived(run.rows)))
+            refused = await self._forged(run.rows)
+        rows = [row for row in run.rows if row.seq not in refused]
+        rejected = run.rejected + [
+            Rejected(message, refused[message.seq]) for message in messages if message.seq in refused
+        ]
+        archived = await self._in_thread(lambda: self._archived(rows))
+        if self.table == "contexts":
+            return deduplicate_contexts(rows, archived), rejected
+        result = deduplicate_by_key(rows, archived)
         self.counters.repeated += result.repeated
         if not result.contested:
-            return result.rows, run.rejected
+            return result.rows, rejected
         by_seq = {message.seq: message for message in messages}
         stored = await self._in_thread(lambda: self._stored(result.contested))
-        rejected = list(run.rejected)
         accepted = {key_of(row): row for row in result.rows}
         for row in result.contested:
             earlier = accepted.get(key_of(row)) or stored.get(key_of(row))
@@ -325,10 +327,28 @@ class TableArchiver:
                 rejected.append(contradiction(row, by_seq[row.seq]))
         return result.rows, rejected
 
-    async def _checked_manifests(
-        self, rows: list[Row], messages: list[StoredMessage]
-    ) -> tuple[list[Row], list[Rejected]]:
-        """Returns the rows without the manifests that do not make the body their key names, and those.
+    async def _intern(self, inline: list[tuple[int, NewContext]]) -> dict[int, HoldfastError]:
+        """Stores what came inline; returns, by the event's sequence, why a context cannot be stored ever.
+
+        Such an event, whose reference would name nothing, is a dead letter, and holds up no other.
+        """
+        try:
+            puts = await self._hot.put_many([context for _, context in inline])
+        except RetryError:
+            raise
+        except HoldfastError as error:
+            if len(inline) == 1:
+                return {inline[0][0]: error}
+        else:
+            self.counters.interned += sum(not put.existed for put in puts)
+            return {}
+        refused: dict[int, HoldfastError] = {}
+        for item in inline:
+            refused |= await self._intern([item])
+        return refused
+
+    async def _forged(self, rows: list[Row]) -> dict[int, HoldfastError]:
+        """Returns, by sequence, what is wrong with the manifests that do not make the body their key names.
 
         One in the lake under a digest that is not its own would turn every later storing of the true context into a
         repetition, and so lose it.
@@ -342,12 +362,7 @@ class TableArchiver:
                     raise
                 except HoldfastError as error:
                     forged[row.seq] = error
-        if not forged:
-            return rows, []
-        return (
-            [row for row in rows if row.seq not in forged],
-            [Rejected(message, forged[message.seq]) for message in messages if message.seq in forged],
-        )
+        return forged
 
     async def _check_manifest(self, row: ContextRow, rows: list[Row]) -> None:
         wanted = set(decode_manifest(row.body).chunks)

@@ -234,7 +234,8 @@ class Archiver:
             try:
                 done = await archiver.cycle(limit=self._settings.archive_rows, up_to=target)
             except FenceError:
-                # Another archiver was faster.  Once is its good right; for ever would be a fault of ours.
+                # Another archiver was faster.  Once is its good right; for ever, without a commit between, would be a
+                # fault of ours.
                 archiver.counters.fenced += 1
                 fenced += 1
                 if fenced > 10:
@@ -247,6 +248,7 @@ class Archiver:
                 self._note(archiver, _lake_unavailable(error))
                 return
             archiver.problem = None
+            fenced = 0
             if done == 0:
                 return
 

@@ -23,6 +23,7 @@ from holdfast.streams.dead import bury
 from holdfast.streams.decode import decode_event
 from holdfast.streams.hot import NewContext
 from holdfast.streams.wire import EVENTS_STREAM
+from holdfast.workers.waiting import wait_for_event
 
 if TYPE_CHECKING:
     from holdfast.streams.connection import Connection
@@ -57,6 +58,7 @@ class Ingester:
         self._connection = connection
         self._hot = hot
         self._consumer = DurableConsumer(connection, EVENTS_STREAM, CONSUMER)
+        self._wake = asyncio.Event()
         self.counters = IngestCounters()
 
     async def open(self) -> None:
@@ -72,6 +74,16 @@ class Ingester:
                     await self._settle(deliveries)
             except RetryError as error:
                 logger.warning("ingester cannot go on yet", extra={"action": "ingest_retry", "error": str(error)})
+                await self._reopen()
+
+    async def _reopen(self) -> None:
+        """Looks after a pause whether the consumer is still there, and makes it anew if it is not."""
+        await wait_for_event(self._wake, _RETRY_DELAY_S)
+        await self._consumer.close()
+        try:
+            await self._consumer.open()
+        except RetryError as error:
+            logger.debug("the consumer is not there yet", extra={"action": "ingest_retry", "error": str(error)})
 
     async def close(self) -> None:
         """Ends the subscription; unsettled deliveries go to another ingester, or come again."""

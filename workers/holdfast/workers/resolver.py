@@ -20,7 +20,7 @@ from holdfast.lake.duck import Connection as LakeConnection
 from holdfast.lake.duck import connect
 from holdfast.lake.scan import EventFilter, EventPage, query_events
 from holdfast.schemas import limits
-from holdfast.schemas.errors import HoldfastError, NotFoundError, TooLargeError
+from holdfast.schemas.errors import HoldfastError, NotFoundError, RetryError, TooLargeError
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.refs import Digest, Ref, is_digest, parse_ref
 from holdfast.streams.codec import reseal
@@ -286,7 +286,15 @@ class Resolver:
             message = await read_one(self._connection, info, row.seq)
             inline = None if message is None else decode_event(message).inline
             if inline is not None:
-                await self._hot.put_many([inline])
+                try:
+                    await self._hot.put_many([inline])
+                except RetryError:
+                    raise
+                except HoldfastError as error:
+                    # The archiver makes a dead letter of it; the other events are good.
+                    logger.warning(
+                        "not interned", extra={"action": "intern_refused", "seq": row.seq, "error": str(error)}
+                    )
 
     async def _ingested(self) -> int:
         try:

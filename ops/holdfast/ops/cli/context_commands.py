@@ -221,7 +221,7 @@ def context_json(context: Context) -> dict[str, Any]:
     """Returns a context as ``resolve --json`` prints it; bytes that are no text go into ``body_base64``."""
     import msgspec
 
-    from holdfast.schemas.ids import iso_from_ms
+    from holdfast.schemas.ids import iso_from_ms, ms_from_utc
 
     shown: dict[str, Any] = {"ref": context.ref, "kind": context.kind}
     if _is_json(context):
@@ -233,7 +233,7 @@ def context_json(context: Context) -> dict[str, Any]:
             shown["body"] = context.raw.decode()
         except UnicodeDecodeError:
             shown["body_base64"] = context.raw
-    created_at = iso_from_ms(round(context.created_at.timestamp() * 1000))
+    created_at = iso_from_ms(ms_from_utc(context.created_at))
     return {**shown, "tier": context.tier, "size": context.size, "created_at": created_at}
 
 

@@ -13,6 +13,7 @@ from holdfast.ops.cli.invocation import Invocation, command
 from holdfast.ops.cli.quantities import parse_moment
 from holdfast.schemas import limits
 from holdfast.schemas.errors import InvalidFieldError, NotFoundError
+from holdfast.schemas.ids import iso_from_ms, ms_from_utc
 from holdfast.schemas.refs import parse_ref
 from holdfast.workers.settings import WorkerName
 
@@ -161,7 +162,7 @@ def event_json(event: Event) -> dict[str, Any]:
     import msgspec
 
     return {
-        name: value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else value
+        name: iso_from_ms(ms_from_utc(value)) if isinstance(value, datetime) else value
         for name, value in msgspec.structs.asdict(event).items()
         if value is not None
     }
