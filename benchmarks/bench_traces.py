@@ -2,10 +2,10 @@
 
 Measures steps a second of ``import`` until everything is acknowledged, and of import and ``flush`` together until
 everything is fsynced in the lake, by a process of its own that holds an embedded server and all workers; and the peak
-of resident memory of that whole process tree, beside what it has at rest.  Each run imports into a namespace of its
-own, so nothing is there before, but the streams and the lake have grown by the runs before.  Raw limits: reading and
-parsing the same files and storing nothing; and plain nats-py storing the same bytes (each context once, each event) in
-atomic batches of 500, two in flight, ready made, on the same server.
+of resident memory of that whole process tree in the first import, beside what it has at rest.  Each run imports into
+a namespace of its own, so nothing is there before, but streams and lake have grown by the runs before.  Raw limits:
+plain nats-py storing the same bytes (each context once, each event) in atomic batches of 500, two in flight, ready
+made, on the same server; and reading and parsing the same files and storing nothing.
 
 The traces are those under ``steps`` of the folder that HOLDFAST_TEST_DATA names, or of ``../shared/data``; without
 them, and in a smoke run, synthetic ones from a seed, which the parameters say: figures of the two are not comparable.
@@ -90,13 +90,14 @@ async def _figures(bench: Bench, process: Child, client: Client, path: Path, sou
     if bench.wants("import_peak_memory"):
         figure = Figure(
             name="import_peak_memory",
-            what="highest resident memory of the process tree during import and archiving, of all runs",
+            what="highest resident memory of the process tree while the first import is stored and archived",
             kind="latency",
             unit="MB",
             durability="durable",
-            parameters=parameters,
+            parameters={**parameters, "parts_mb": imports.parts_mb},
         )
-        peak = _result(imports.peaks_mb, ours.count, value=max(imports.peaks_mb))
+        # Not the median: later runs stand on what the earlier ones, and the raw limit, left in the server.
+        peak = _result(imports.peaks_mb, ours.count, value=imports.peaks_mb[0])
         at_rest = _result([idle_mb] * len(imports.peaks_mb), 0, what="the same processes before the first import")
         bench.add(figure, peak, at_rest)
 
@@ -113,6 +114,7 @@ class _Imports:
         self._namespaces = (f"import{number}" for number in count(1))
         self.total_s: list[float] = []
         self.peaks_mb: list[float] = []
+        self.parts_mb: dict[str, float] = {}
         self.distinct_contexts = 0
 
     async def run(self, _: int) -> Run:
@@ -123,6 +125,7 @@ class _Imports:
             raise RuntimeError(f"the import is not whole: {counts}")
         self.total_s.append(answer["total_s"])
         self.peaks_mb.append(peak.mb)
+        self.parts_mb = self.parts_mb or peak.parts_mb
         self.distinct_contexts = counts["distinct_contexts"]
         return Run(counts["steps"], answer["import_s"])
 

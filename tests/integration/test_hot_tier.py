@@ -42,6 +42,12 @@ def subject_of(namespace: str, ref: str) -> str:
     return hot_subject(namespace, parse_ref(ref).digest)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No resolver runs here, and none is waited for."""
+    monkeypatch.setattr("holdfast.client.cold.NOBODY_S", 0.1)
+
+
 async def stored_count(connection: Connection, namespace: str) -> int:
     answer = await connection.api(f"STREAM.INFO.{HOT_STREAM}", {"subjects_filter": hot_subject(namespace, ">")})
     return len(answer["state"].get("subjects") or {})

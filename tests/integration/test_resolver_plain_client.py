@@ -249,6 +249,24 @@ async def test_a_batch_over_the_limit_of_a_reply_is_continued_by_next(plain: Pla
     assert rounds > 5
 
 
+async def test_a_batch_makes_progress_whatever_is_first_in_it(plain: Plain, url: str) -> None:
+    """A context as large as an answer may be: it goes, and the rest is named."""
+    async with connect(url, plain.namespace) as hf:
+        small = await hf.put("y")
+        probe = await hf.put("x" * 100_001)
+        reply = await plain.client.request(f"ctx.{plain.namespace}.resolve", json.dumps({"ref": probe}).encode())
+        frame = len(reply.data) - 100_001
+        largest = await hf.put("x" * (limits.REPLY_BYTES - frame))
+    left: list[str] = [largest, small]
+    rounds = 0
+    while left:
+        answer = await plain.call("resolve_batch", {"refs": left})
+        assert len(answer["contexts"]) > 0
+        left = answer.get("next", [])
+        rounds += 1
+    assert rounds == 2
+
+
 # query
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from blockbuster import blockbuster_ctx
+from blockbuster import BlockingError, blockbuster_ctx
 from nats.errors import NoRespondersError
 
 from holdfast.client import connect
+from holdfast.lake import LakeIndex
 from holdfast.schemas.errors import UnavailableError
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.refs import compute_digest, format_ref
@@ -135,6 +136,20 @@ async def test_a_cancel_in_the_middle_drains(server: OwnServer, tmp_path: Path) 
         await stored.check(server.url, settings.lake)
 
 
+async def test_a_flush_that_is_given_up_does_not_silence_the_connection(connection: Connection) -> None:
+    """What a cancel in the middle of a start leaves behind: an answer that nobody waits for."""
+    for _ in range(20):
+        flushing = asyncio.create_task(connection.client.flush())
+        while not flushing.done():
+            await asyncio.sleep(0)
+            if connection.client._pongs:
+                flushing.cancel()
+        await asyncio.gather(flushing, return_exceptions=True)
+    async with asyncio.timeout(2):
+        await stream_info(connection, EVENTS_STREAM)
+        await connection.client.flush()
+
+
 async def test_workers_restart_where_they_were_killed(server: OwnServer, tmp_path: Path) -> None:
     stored = Acknowledged()
     settings = settings_in(tmp_path, archive_interval_s=0.02)
@@ -180,8 +195,9 @@ async def test_the_event_loop_is_never_blocked(server: OwnServer, tmp_path: Path
     settings = settings_in(
         tmp_path, archive_interval_s=0.05, purge_interval_s=0.05, compact_interval_s=0.05, archive_rows=20
     )
-    with blockbuster_ctx("holdfast", excluded_modules=["logging", "importlib"]) as blocking:
-        blocking.activate()
+    with blockbuster_ctx(["holdfast.workers", "holdfast.lake", "holdfast.streams", "holdfast.client"]):
+        with pytest.raises(BlockingError):
+            LakeIndex.open(settings.index).close()  # the trap is set
         async with running(server.url, settings), connect(server.url, cache_bytes=0) as hf:
             refs = await hf.put_many([{"n": n} for n in range(100)])
             large = await hf.put("x" * 2_000_000)

@@ -32,7 +32,7 @@ from holdfast.streams.wire import (
 if TYPE_CHECKING:
     from holdfast.schemas.rows import ContextRow
 
-_SEAL_IN_THREAD_BYTES: Final = 64 * limits.KIB
+_IN_THREAD_BYTES: Final = 64 * limits.KIB
 """Bodies over this are hashed and compressed in a thread: on the event loop they would take over 0.5 ms."""
 
 _MULTI_GET: Final = 1000
@@ -120,12 +120,11 @@ class HotTier:
         for start in range(0, len(wanted), _MULTI_GET):
             subjects = [hot_subject(namespace, digest) for digest in wanted[start : start + _MULTI_GET]]
             messages = await call_with_retry(partial(self._multi_last, subjects), deadline_s=READ_DEADLINE_S)
-            for message in messages:
-                digest = Digest(_header(message, H_SUBJECT).rpartition(".")[2])
-                try:
-                    found[digest] = _row(namespace, digest, message)
-                except HoldfastError as error:
-                    damaged[digest] = error
+            for digest, outcome in await _rows(namespace, messages):
+                if isinstance(outcome, HoldfastError):
+                    damaged[digest] = outcome
+                else:
+                    found[digest] = outcome
         return found, damaged
 
     async def join_chunks(self, row: ContextRow) -> ContextRow | None:
@@ -143,7 +142,7 @@ class HotTier:
         await self._committer.close()
 
     async def _seal(self, context: NewContext) -> list[StoredForm]:
-        if len(context.body) <= _SEAL_IN_THREAD_BYTES:
+        if len(context.body) <= _IN_THREAD_BYTES:
             return _sealed(context)
         return await asyncio.to_thread(_sealed, context)
 
@@ -157,6 +156,8 @@ class HotTier:
             return None
         if status is not None:
             raise UnavailableError(f"the hot tier answered {status!r}")
+        if len(message.data) > _IN_THREAD_BYTES:
+            return await asyncio.to_thread(_row, namespace, digest, message)
         return _row(namespace, digest, message)
 
     async def _at_leader(self, subject: str) -> bool:
@@ -251,6 +252,27 @@ def _row(namespace: str, digest: str, message: Msg) -> ContextRow:
         stored_at_ms=parse_time_ms(_header(message, H_TIME)),
         seq=int(_header(message, H_SEQUENCE)),
     )
+
+
+_Outcomes = list[tuple[Digest, "ContextRow | HoldfastError"]]
+
+
+async def _rows(namespace: str, messages: Sequence[Msg]) -> _Outcomes:
+    """Returns by digest what each message holds, or what is wrong with it."""
+
+    def read() -> _Outcomes:
+        outcomes: _Outcomes = []
+        for message in messages:
+            digest = Digest(_header(message, H_SUBJECT).rpartition(".")[2])
+            try:
+                outcomes.append((digest, _row(namespace, digest, message)))
+            except HoldfastError as error:
+                outcomes.append((digest, error))
+        return outcomes
+
+    if sum(len(message.data) for message in messages) <= _IN_THREAD_BYTES:
+        return read()
+    return await asyncio.to_thread(read)
 
 
 def _status(message: Msg) -> str | None:

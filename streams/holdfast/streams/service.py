@@ -141,8 +141,11 @@ async def serve(
             logger.debug("stopping a service without a connection", exc_info=True)
         if tasks:
             await asyncio.wait(tasks, timeout=DRAIN_S)
-        for task in tasks:
+        # Awaited: nothing may still read what the caller closes next.
+        left = [task for task in tasks if not task.done()]
+        for task in left:
             task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 async def _answer(request: Request, handler: Handler, counters: EndpointCounters, namespace_at: int | None) -> None:

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from holdfast.schemas.errors import HoldfastError, UnavailableError
-from holdfast.schemas.rows import Position, Row, Table, TailSnapshot
+from holdfast.schemas.rows import ContextRow, Position, Row, Table, TailSnapshot
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.decode import decode_row
 from holdfast.streams.pull import StreamReader
@@ -94,8 +94,10 @@ class ResidentTail:
             messages, info = await reader.read(limit=_READ, up_to=last_seq)
             for message in messages:
                 try:
-                    self._rows.append(decode_row(self._table, message))
-                    self._bytes += len(message.payload)
+                    row = decode_row(self._table, message)
+                    self._rows.append(row)
+                    # A body is kept inflated, however small its message was.
+                    self._bytes += len(row.body) if isinstance(row, ContextRow) else len(message.payload)
                 except HoldfastError as error:
                     logger.debug("not a row", extra={"action": "tail_skip", "seq": message.seq, "error": str(error)})
             if len(self._rows) > MAX_ROWS or self._bytes > MAX_BYTES:

@@ -7,6 +7,7 @@ reconnect.  Here it arrives, with U+FFFD in place of what is not text, and is ju
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from nats.aio.client import Client
@@ -33,6 +34,13 @@ class TolerantClient(Client):
             self._pending = []
             self._pending_data_size = 0
         await super()._close(status, do_cbs)
+
+    async def _process_pong(self) -> None:
+        # The answer to a flush that was given up, by a cancel or for its time: nats-py would set a result that nobody
+        # waits for any more, and end its read loop over the error.
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
         try:

@@ -398,7 +398,7 @@ async def set_torn_commits_aside(connection: Connection, lake: Lake) -> None:
     Such a commit was never acknowledged: a power cut ended it.  Raises GapError when the stream no longer holds
     everything after the commit before it; the lake then stays readable up to that commit, and nothing is archived.
     """
-    for torn in lake.torn_commits():
+    for torn in await asyncio.to_thread(lake.torn_commits):
         info = await stream_info(connection, STREAM_OF_TABLE[torn.table])
         archived = 0 if torn.earlier is None or torn.earlier.epoch != info.epoch else torn.earlier.seq
         if info.first_seq > archived + 1:
@@ -407,7 +407,7 @@ async def set_torn_commits_aside(connection: Connection, lake: Lake) -> None:
                 f"(archived up to {archived}, first message {info.first_seq})",
                 hint="restore the lake's last commit file from a backup; nothing was moved",
             )
-        lake.set_aside(torn)
+        await asyncio.to_thread(lake.set_aside, torn)
         logger.warning(
             "a torn commit was set aside; its rows are archived again",
             extra={"action": "torn_commit", "table": torn.table, "archived": archived},

@@ -91,7 +91,7 @@ class ColdReader:
         if self._running is not None:
             await asyncio.gather(self._running, return_exceptions=True)
         await self.in_thread(self._lookup.close)
-        self._executor.shutdown()
+        await asyncio.to_thread(self._executor.shutdown)
 
     def _enqueue(self, digest: Digest) -> asyncio.Future[ContextRow | None]:
         future = self._waiting.get(digest)

@@ -145,6 +145,7 @@ class Resolver:
             digest = digests[ref]
             if digest in failed:
                 errors[ref] = _body_of(failed[digest])
+                size += len(msgspec.json.encode(errors[ref]))
                 continue
             item = _live(found.get(digest), ref)
             if item is None:
@@ -154,8 +155,10 @@ class Resolver:
             if len(encoded) > limits.REPLY_BYTES:
                 errors[ref] = _body_of(_too_large(len(encoded)))
                 continue
-            size += len(encoded) + len(ref) + 8
-            if size > limits.REPLY_BYTES:
+            size += len(encoded)
+            # References come on top: at most 1,000 of 102 bytes, for which a payload of 1 MiB has room.  The first one
+            # always goes: an answer without progress would be asked for again for ever.
+            if size > limits.REPLY_BYTES and position:
                 left = list(refs[position:])
                 break
             contexts[ref] = msgspec.Raw(encoded)
