@@ -21,9 +21,9 @@ from holdfast.client import Holdfast, connect
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import BINARY
 from holdfast.schemas.errors import HoldfastError, InputError, NotFoundError, TooLargeError
-from holdfast.schemas.names import encode_token
+from holdfast.schemas.names import CHUNK_KIND, encode_token
 from holdfast.schemas.refs import compute_digest, format_ref
-from holdfast.streams.codec import CHUNK_KIND, seal
+from holdfast.streams.codec import seal
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
 from holdfast.workers.control import evict, flush

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -70,7 +71,7 @@ def test_notebook_runs_on_an_archived_lake(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOLDFAST_DATA", str(tmp_path))
     monkeypatch.delenv("HOLDFAST_NATS_URL", raising=False)
 
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]  # nbformat has no types
     NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
 
     outputs = [

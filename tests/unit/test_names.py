@@ -200,3 +200,9 @@ def test_any_subject_has_a_place_among_the_dead_letters(subject: str) -> None:
     dead = dead_subject(namespace_token(subject), "CTX_EVENTS", "0123456789abcdef", 2**63)
     assert len(dead) < 300
     assert [bool(SAFE.match(token)) for token in dead.split(".")] == [True] * 6
+
+
+def test_the_kind_of_chunks_is_reserved() -> None:
+    """Otherwise a context of that kind could be taken for a part of a large body, and be shown nowhere."""
+    with pytest.raises(InvalidNameError, match="reserved"):
+        check_kind("chunk")

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.unit.traces_samples import claude_code_lines, jsonl, mini_swe_agent_run, packed, samples, step_lines
 
 from holdfast.ops.traces import Format, Malformed, Source, Step, detect, find_traces, read_file, read_path
 from holdfast.ops.traces.detect import first_keys
 from holdfast.schemas.errors import InvalidFieldError, NotFoundError
+from tests.unit.traces_samples import claude_code_lines, jsonl, mini_swe_agent_run, packed, samples, step_lines
 
 SAMPLES = [pytest.param(*sample[:2], id=f"{number}-{sample[0]}") for number, sample in enumerate(samples())]
 SESSIONS = jsonl([{"session_id": "s", "source_file": "x", "n_steps": 3, "model": "m"}])

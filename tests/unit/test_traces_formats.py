@@ -6,6 +6,9 @@ import json
 
 import msgspec
 import pytest
+
+from holdfast.ops.traces import Format, Step, step_event
+from holdfast.schemas.names import check_agent, check_event_name, check_kind
 from tests.unit.traces_samples import (
     SESSION,
     chat,
@@ -21,9 +24,6 @@ from tests.unit.traces_samples import (
     steps_of,
     tau_bench_runs,
 )
-
-from holdfast.ops.traces import Format, Step, step_event
-from holdfast.schemas.names import check_agent, check_event_name, check_kind
 
 SAMPLES = [pytest.param(*sample, id=f"{number}-{sample[0]}") for number, sample in enumerate(samples())]
 

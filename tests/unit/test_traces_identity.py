@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+
+from holdfast.ops.traces import Format, Step, read_path, step_event
+from holdfast.ops.traces.chain import SessionChain
+from holdfast.schemas.errors import InvalidFieldError, InvalidNameError
 from tests.unit.traces_samples import (
     chat,
     claude_code_lines,
@@ -17,10 +21,6 @@ from tests.unit.traces_samples import (
     steps_of,
     tau_bench_runs,
 )
-
-from holdfast.ops.traces import Format, Step, read_path, step_event
-from holdfast.ops.traces.chain import SessionChain
-from holdfast.schemas.errors import InvalidFieldError, InvalidNameError
 
 SAMPLES = [pytest.param(*sample, id=f"{number}-{sample[0]}") for number, sample in enumerate(samples())]
 

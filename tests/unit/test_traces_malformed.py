@@ -11,6 +11,11 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from holdfast.ops.traces import FORMATS, Format, Malformed, Source, Step, TraceFile, read_file, step_event
+from holdfast.ops.traces.elements import read_elements
+from holdfast.ops.traces.records import CONTAINERS
+from holdfast.ops.traces.sources import LINE_BYTES, read_lines
 from tests.unit.traces_samples import (
     claude_code_line,
     jsonl,
@@ -23,11 +28,6 @@ from tests.unit.traces_samples import (
     steps_of,
     tau_bench_runs,
 )
-
-from holdfast.ops.traces import FORMATS, Format, Malformed, Source, Step, TraceFile, read_file, step_event
-from holdfast.ops.traces.elements import read_elements
-from holdfast.ops.traces.records import CONTAINERS
-from holdfast.ops.traces.sources import LINE_BYTES, read_lines
 
 GOOD = b'{"session_id":"s","seq":0,"role":"user","content":"good"}\n'
 SAMPLES = list(samples(1))
@@ -351,7 +351,8 @@ def test_a_truncated_file_gives_a_prefix_and_at_most_one_report(data: st.DataObj
     else:
         assert steps == whole[: len(steps)]
     assert len(malformed_of(part)) <= 1
-    assert part[-1:] != [] or not cut.strip()
+    # A transcript of Claude Code begins with lines that are no steps: a cut behind one of them leaves nothing to tell.
+    assert part or not cut.strip() or source_format == "claude-code"
 
 
 @settings(max_examples=200)

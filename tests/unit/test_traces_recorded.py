@@ -8,9 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import pytest
-from tests.unit.traces_samples import recorded
 
 from holdfast.ops.traces import Malformed, Step, find_traces, read_path, step_event
+from tests.unit.traces_samples import recorded
 
 pytestmark = pytest.mark.traces
 

@@ -16,6 +16,9 @@ from holdfast.schemas.errors import InvalidNameError
 
 MARKER: Final = "x--"
 
+CHUNK_KIND: Final = "chunk"
+"""The kind of the parts of a large body."""
+
 _SAFE: Final = re.compile(r"[A-Za-z0-9_-]+\Z")
 _ESCAPED: Final = re.compile(r"(?:[A-Za-z0-9]|_[0-9a-f]{2})*\Z")
 _KIND: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{limits.KIND_CHARS}}}\Z")
@@ -107,7 +110,14 @@ def check_event_name(name: object) -> str:
 
 
 def check_kind(kind: object) -> str:
-    """Returns ``kind`` when it is 1 to 64 of ``[A-Za-z0-9_-]``: it is part of the reference, which people read."""
+    """Returns ``kind`` when it is 1 to 64 of ``[A-Za-z0-9_-]``: it is part of the reference, which people read.
+
+    ``chunk`` is refused: the parts of large bodies are of that kind, and a context of it could be taken for one.
+    """
+    if kind == CHUNK_KIND:
+        raise InvalidNameError(
+            f"kind {CHUNK_KIND!r} is reserved for the parts of large bodies", field="kind", hint="choose another kind"
+        )
     if isinstance(kind, str) and _KIND.match(kind):
         return kind
     shown = repr(kind)[:80]

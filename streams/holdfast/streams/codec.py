@@ -27,7 +27,7 @@ from holdfast.schemas import limits
 from holdfast.schemas.bodies import BINARY
 from holdfast.schemas.errors import DigestMismatchError, InvalidBodyError, InvalidFieldError, TooLargeError
 from holdfast.schemas.ids import MAX_MS
-from holdfast.schemas.names import check_kind
+from holdfast.schemas.names import CHUNK_KIND, check_kind
 from holdfast.schemas.refs import JSON, Digest, compute_digest, is_digest
 from holdfast.schemas.rows import ContextRow, Form
 from holdfast.streams.wire import H_ENCODING, H_EXPIRES, H_FORM, H_KIND, H_TYPE, H_VERSION
@@ -38,7 +38,6 @@ else:
     from backports import zstd
 
 FORMAT_VERSION: Final = "1"
-CHUNK_KIND: Final = "chunk"
 _ZSTD: Final = "zstd"
 _LEVEL: Final = 3
 
@@ -114,10 +113,11 @@ def unseal(
             field=H_VERSION,
             hint="upgrade holdfast",
         )
-    kind = check_kind(headers.get(H_KIND))
+    form = _form(headers.get(H_FORM))
+    # The form is not under the digest, the kind is: together they cannot be confused.
+    kind = CHUNK_KIND if form == "chunk" else check_kind(headers.get(H_KIND))
     content_type = headers.get(H_TYPE, JSON)
     expires_at_ms = _expiry(headers.get(H_EXPIRES))
-    form = _form(headers.get(H_FORM))
     body = _decompressed(payload, headers.get(H_ENCODING))
     size = len(body)
     if form == "manifest":

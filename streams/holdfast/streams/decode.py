@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import check_json
-from holdfast.schemas.errors import HoldfastError, InvalidBodyError, InvalidFieldError, TooLargeError
+from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, TooLargeError
 from holdfast.schemas.ids import MAX_MS, derived_event_id, ms_from_utc, normal_event_id
 from holdfast.schemas.names import check_kind
 from holdfast.schemas.refs import Ref, compute_digest, format_ref, parse_ref
@@ -32,7 +32,6 @@ from holdfast.streams.hot import NewContext
 from holdfast.streams.wire import (
     H_MSG_ID,
     H_TRACEPARENT,
-    HOT_PREFIX,
     message_id,
     parse_event_subject,
     parse_hot_subject,
@@ -208,16 +207,6 @@ def decode_key_version(message: StoredMessage) -> KeyVersionRow:
     )
 
 
-def namespace_of(message: StoredMessage) -> str | None:
-    """Returns the namespace that a message's subject names, or None when that cannot be told."""
-    try:
-        if message.subject.startswith(HOT_PREFIX):
-            return parse_hot_subject(message.subject)[0]
-        return parse_event_subject(message.subject).namespace
-    except HoldfastError:
-        return None
-
-
 class _Members:
     """The members of an event's JSON object, each taken once, so that the rest can be kept as it is."""
 
@@ -362,6 +351,5 @@ __all__ = [
     "decode_key_version",
     "decode_row",
     "is_traceparent",
-    "namespace_of",
     "timestamps_agree",
 ]
