@@ -71,7 +71,8 @@ def test_notebook_runs_on_an_archived_lake(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOLDFAST_DATA", str(tmp_path))
     monkeypatch.delenv("HOLDFAST_NATS_URL", raising=False)
 
-    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]  # nbformat has no types
+    read: Any = nbformat.read  # it has no types
+    notebook = read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
 
     outputs = [

@@ -206,6 +206,7 @@ async def test_a_tail_lost_while_the_archiver_runs_is_noticed_at_the_reconnect(
         await server.stop()
         shutil.copytree(store, copy)
         await server.start(with_streams=False)
+        await eventually(partial(_has_reconnected, workers, 0))
         await lost.add(server.url, 30)
         async with connect(server.url) as hf:
             await flush(hf.connection)
@@ -215,7 +216,7 @@ async def test_a_tail_lost_while_the_archiver_runs_is_noticed_at_the_reconnect(
         shutil.move(copy, store)
         await server.start(with_streams=False)
         await since.add(server.url, 60)
-        await eventually(lambda: workers.connection.reconnects > reconnects)
+        await eventually(partial(_has_reconnected, workers, reconnects))
         async with connect(server.url) as hf:
             await flush(hf.connection)
             await evict(hf.connection, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,8 @@ MAX_MS: Final = 253_402_300_799_999
 """The last millisecond of the year 9999, UTC."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+_CANONICAL_UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
 
 EventId = NewType("EventId", str)
 """A UUID in its usual text form: version 7 when Holdfast makes it, version 8 when derived from a foreign id."""
@@ -47,13 +50,9 @@ def derived_event_id(namespace: str, *source: str) -> EventId:
 
 def normal_event_id(namespace: str, source_id: str) -> tuple[EventId, str | None]:
     """Returns the event id of an id given by a producer, and the original when it is not a UUID itself."""
-    try:
-        text = str(uuid.UUID(source_id))
-    except (ValueError, AttributeError):
-        return derived_event_id(namespace, "source-id", source_id), source_id
-    # Only the canonical form is an id of ours: uuid.UUID also accepts braces, a URN and upper case.
-    if text == source_id:
-        return EventId(text), None
+    # Only the canonical form is an id of ours, not braces, a URN or upper case, which uuid.UUID also takes.
+    if _CANONICAL_UUID.match(source_id):
+        return EventId(source_id), None
     return derived_event_id(namespace, "source-id", source_id), source_id
 
 

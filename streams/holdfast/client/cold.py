@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -11,6 +10,7 @@ import msgspec
 
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, UnavailableError
 from holdfast.schemas.refs import Digest
+from holdfast.streams.arrivals import next_of
 from holdfast.streams.codec import unseal
 from holdfast.streams.lean import is_no_responder
 from holdfast.streams.retry import NOBODY_S, READ_DEADLINE_S, NoResponderError, call_with_retry
@@ -104,7 +104,7 @@ class ResolverClient:
         async with self._connection.lean.stream(service_subject(self._namespace, "fetch"), request) as queue:
             while True:
                 try:
-                    message = await asyncio.wait_for(queue.get(), _SILENCE_S)
+                    message = await next_of(queue, _SILENCE_S)
                 except TimeoutError as error:
                     raise UnavailableError("the resolver stopped answering", hint="see 'holdfast health'") from error
                 headers = message.headers or {}

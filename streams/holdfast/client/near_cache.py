@@ -40,6 +40,9 @@ class NearCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, ref: object) -> bool:
+        return ref in self._entries
+
     def get(self, ref: Ref, now_ms: int) -> ContextRow | None:
         """Returns the context if it is here, young enough and not expired."""
         entry = self._entries.get(ref)

@@ -124,6 +124,11 @@ class Holdfast:
         NotFoundError when it is stored nowhere or has expired, DigestMismatchError when the only copy is damaged,
         UnavailableError when it is not hot and no resolver answers.
         """
+        # What the near cache holds was looked up under a well-formed reference: no need to take it apart again.
+        if isinstance(ref, str) and ref in self.cache:
+            row = self.cache.get(Ref(ref), now_ms())
+            if row is not None:
+                return Context(row, "cache")
         parse_ref(ref)
         contexts, errors = await self._resolve([Ref(ref)])
         if ref in errors:

@@ -18,6 +18,7 @@ body.  A chunk is stored under the digest of kind ``chunk`` over its own bytes.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Final
 
@@ -40,6 +41,7 @@ else:
 FORMAT_VERSION: Final = "1"
 _ZSTD: Final = "zstd"
 _LEVEL: Final = 3
+_LOCAL: Final = threading.local()
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,9 +197,17 @@ def join(row: ContextRow, chunks: Mapping[Digest, bytes]) -> ContextRow:
     return msgspec.structs.replace(row, body=body, size=len(body), form="plain")
 
 
+def _compressor() -> zstd.ZstdCompressor:
+    """This thread's compressor: making one costs more than compressing a small body with it."""
+    compressor: zstd.ZstdCompressor | None = getattr(_LOCAL, "compressor", None)
+    if compressor is None:
+        compressor = _LOCAL.compressor = zstd.ZstdCompressor(level=_LEVEL)
+    return compressor
+
+
 def _compressed(headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
     if len(body) > limits.COMPRESS_OVER_BYTES:
-        frame = zstd.compress(body, level=_LEVEL)
+        frame = _compressor().compress(body, zstd.ZstdCompressor.FLUSH_FRAME)
         if len(frame) < len(body):
             return headers | {H_ENCODING: _ZSTD}, frame
     return headers, body

@@ -10,6 +10,7 @@ import msgspec
 
 from holdfast.schemas import limits
 from holdfast.schemas.errors import DriftError, UnavailableError
+from holdfast.streams.arrivals import next_of
 from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import H_STATUS
@@ -104,7 +105,7 @@ class DurableConsumer:
             if deliveries and self._queue.empty():
                 break
             try:
-                message = await asyncio.wait_for(self._queue.get(), timeout_s)
+                message = await next_of(self._queue, timeout_s)
             except TimeoutError:
                 # Two heartbeats missed: the pull died with its connection.  Ask again.
                 self._open_pull = ""

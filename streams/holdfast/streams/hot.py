@@ -12,6 +12,7 @@ import msgspec
 from holdfast.schemas import limits
 from holdfast.schemas.errors import ConflictError, HoldfastError, IntegrityError, RetryError, UnavailableError
 from holdfast.schemas.refs import JSON, Digest, Ref, format_ref
+from holdfast.streams.arrivals import next_of
 from holdfast.streams.codec import StoredForm, decode_manifest, join, seal, unseal
 from holdfast.streams.committer import Committer, Settled
 from holdfast.streams.connection import ApiError, Connection, Msg
@@ -175,7 +176,7 @@ class HotTier:
         async with self._connection.lean.stream(f"$JS.API.DIRECT.GET.{HOT_STREAM}", request) as queue:
             while True:
                 try:
-                    message = await asyncio.wait_for(queue.get(), ATTEMPT_S)
+                    message = await next_of(queue, ATTEMPT_S)
                 except TimeoutError as error:
                     raise UnavailableError("the hot tier stopped answering a batched get") from error
                 status = _status(message)

@@ -14,6 +14,7 @@ import msgspec
 
 from holdfast.schemas import limits
 from holdfast.schemas.errors import GapError, UnavailableError
+from holdfast.streams.arrivals import next_of
 from holdfast.streams.connection import ApiError, Connection, Msg
 from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery, parse_time_ms
 from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
@@ -165,7 +166,7 @@ class StreamReader:
         messages: list[StoredMessage] = []
         while len(messages) < batch:
             try:
-                message = await asyncio.wait_for(self._queue.get(), _SILENCE_S)
+                message = await next_of(self._queue, _SILENCE_S)
             except TimeoutError as error:
                 self._consumer = None
                 raise UnavailableError(f"stream {self._stream} stopped delivering") from error
