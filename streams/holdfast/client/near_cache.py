@@ -41,7 +41,7 @@ class NearCache:
         return len(self._entries)
 
     def __contains__(self, ref: object) -> bool:
-        return ref in self._entries
+        return isinstance(ref, str) and ref in self._entries
 
     def get(self, ref: Ref, now_ms: int) -> ContextRow | None:
         """Returns the context if it is here, young enough and not expired."""

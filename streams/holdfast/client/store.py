@@ -125,7 +125,7 @@ class Holdfast:
         UnavailableError when it is not hot and no resolver answers.
         """
         # What the near cache holds was looked up under a well-formed reference: no need to take it apart again.
-        if isinstance(ref, str) and ref in self.cache:
+        if ref in self.cache:
             row = self.cache.get(Ref(ref), now_ms())
             if row is not None:
                 return Context(row, "cache")

@@ -14,7 +14,7 @@ For the archiver, the compactor and the janitor::
     Lake.open(path, *, create=False) -> Lake
     lake.watermark(table) -> Position | None          # the Delta txn: everything up to it is in the table
     lake.durable_watermark(table) -> Position | None  # the same after an fsync: what a purge goes by
-    lake.anchors(table, from_seq=0) -> list[Anchor]
+    lake.anchors(table, from_seq=0, *, most=None) -> list[Anchor]
     lake.append(table, rows, *, epoch, first_seq, last_seq, anchors=()) -> CommitReport
     lake.files(table) -> tuple[FileEntry, ...];  lake.statistics(table) -> TableStatistics
     lake.version(table) -> int;  lake.snapshot(table) -> Snapshot;  lake.refresh(table=None);  lake.close()

@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from holdfast.lake.log import FileEntry, Snapshot, TornCommitError, read_commit
-from holdfast.schemas.errors import ConfigurationError
+from holdfast.schemas.errors import ConfigurationError, UnavailableError
 from holdfast.schemas.refs import Digest, digest_to_bytes
 from holdfast.schemas.rows import TABLES, Position, Table
 
@@ -214,6 +214,15 @@ class LakeIndex:
         return self._update(lake, forget=True)
 
     def _update(self, lake: Lake, *, forget: bool) -> IndexReport:
+        try:
+            return self._update_all(lake, forget=forget)
+        except lmdb.Error as error:
+            raise UnavailableError(
+                f"the index {self.path} cannot be brought up to date: {error}",
+                hint="free space on its disk; it is a cache, and may be deleted while nothing uses it",
+            ) from error
+
+    def _update_all(self, lake: Lake, *, forget: bool) -> IndexReport:
         started = time.monotonic()
         lake.refresh()
         versions: dict[Table, int] = {}

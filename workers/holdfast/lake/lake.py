@@ -64,9 +64,9 @@ class Lake:
         """Returns the newest watermark after an fsync of the commit that carries it."""
         return self._tables[table].durable_watermark()
 
-    def anchors(self, table: Table, from_seq: int = 0) -> list[Anchor]:
+    def anchors(self, table: Table, from_seq: int = 0, *, most: int | None = None) -> list[Anchor]:
         """Returns the anchors of the current epoch at or after a sequence, ascending."""
-        return self._tables[table].anchors(from_seq)
+        return self._tables[table].anchors(from_seq, most=most)
 
     def append(
         self,

@@ -110,10 +110,10 @@ class LakeTable:
             bytes=sum(entry.size_bytes for entry in entries),
         )
 
-    def anchors(self, from_seq: int = 0) -> list[Anchor]:
-        """Returns the anchors of the current epoch at or after a sequence, ascending.
+    def anchors(self, from_seq: int = 0, *, most: int | None = None) -> list[Anchor]:
+        """Returns the anchors of the current epoch at or after a sequence, ascending; the newest ``most`` of them.
 
-        Reads back through the log until it finds a commit that ends before ``from_seq``.
+        Reads back through the log until it has them, or finds a commit that ends before ``from_seq``.
         """
         snapshot = self.refresh()
         watermark = snapshot.watermark
@@ -124,6 +124,9 @@ class LakeTable:
             if info["epoch"] != watermark.epoch or info["last_seq"] < from_seq:
                 break
             found.extend(anchor for anchor in reversed(anchors) if anchor.seq >= from_seq)
+            if most is not None and len(found) >= most:
+                del found[most:]
+                break
         return found[::-1]
 
     def _appends(self, snapshot: Snapshot) -> Iterator[tuple[dict[str, Any], list[Anchor]]]:

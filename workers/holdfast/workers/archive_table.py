@@ -45,7 +45,7 @@ from holdfast.workers.archive_plan import (
     same_content,
 )
 from holdfast.workers.control import Problem
-from holdfast.workers.purge import DivergedError, check_anchors
+from holdfast.workers.purge import ANCHORS_READ, DivergedError, check_anchors
 
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
@@ -236,7 +236,7 @@ class TableArchiver:
         begins at the first message that the lake does not hold; what is read again from there is deduplicated.
         """
         try:
-            anchors = await self._in_thread(lambda: self._lake.anchors(self.table, info.first_seq))
+            anchors = await self._in_thread(lambda: self._lake.anchors(self.table, info.first_seq, most=ANCHORS_READ))
             await check_anchors(self._connection, self.table, info, anchors)
             if info.last_seq >= watermark.seq:
                 return info

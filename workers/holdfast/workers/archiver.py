@@ -49,7 +49,7 @@ from holdfast.workers.control import (
     Problem,
     TableStatus,
 )
-from holdfast.workers.purge import DivergedError, purge_archived
+from holdfast.workers.purge import ANCHORS_READ, DivergedError, purge_archived
 from holdfast.workers.waiting import wait_for_event
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class Archiver:
         if watermark is None:
             return 0
         info = await stream_info(self._connection, archiver.stream)
-        anchors = await self._in_thread(lambda: self._lake.anchors(table, info.first_seq))
+        anchors = await self._in_thread(lambda: self._lake.anchors(table, info.first_seq, most=ANCHORS_READ))
         purged, _ = await purge_archived(
             self._connection,
             table,

@@ -18,7 +18,14 @@ import msgspec
 
 from holdfast.client.model import Tier
 from holdfast.lake.lookup import Lookup
-from holdfast.schemas.errors import HoldfastError, NotFoundError, TooLargeError, UnavailableError
+from holdfast.schemas.errors import (
+    HoldfastError,
+    InputError,
+    IntegrityError,
+    NotFoundError,
+    TooLargeError,
+    UnavailableError,
+)
 from holdfast.schemas.rows import ContextRow
 from holdfast.streams.codec import decode_manifest, join
 
@@ -81,6 +88,14 @@ class ColdReader:
             if row is not None:
                 found[digest] = row
         return found, failed
+
+    async def in_reading_order(self, digests: list[Digest]) -> list[Digest]:
+        """Returns the digests as the lake stores them, each once; those that the index does not know come last."""
+        if len(digests) <= 1:
+            return digests
+        places = await self.in_thread(lambda: self._index.find_contexts(digests))
+        known = sorted(places, key=lambda digest: (places[digest].epoch, places[digest].seq))
+        return list(dict.fromkeys([*known, *digests]))
 
     async def in_thread(self, call: Callable[[], T]) -> T:
         """Runs a call in the thread that reads the lake."""
@@ -168,7 +183,7 @@ class ContextReader:
         ``cold``: of the lake alone.
         """
         wanted = list(dict.fromkeys(digests))
-        hot, damaged = ({}, {}) if cold else await self._hot.get_stored_many(namespace, wanted)
+        hot, damaged = ({}, {}) if cold else await self._get_hot(namespace, wanted)
         found = {digest: Found(row, "hot") for digest, row in hot.items()}
         left = [digest for digest in wanted if digest not in found]
         if not left:
@@ -179,6 +194,18 @@ class ContextReader:
             if row.namespace == namespace:
                 found[digest] = Found(row, "lake")
         return found, {digest: error for digest, error in (damaged | failed).items() if digest not in found}
+
+    async def _get_hot(
+        self, namespace: str, digests: list[Digest]
+    ) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
+        if len(digests) != 1:
+            return await self._hot.get_stored_many(namespace, digests)
+        # One direct get is one message back, a batched one two.
+        try:
+            row = await self._hot.get_stored(namespace, digests[0])
+        except (IntegrityError, InputError) as error:
+            return {}, {digests[0]: error}
+        return ({} if row is None else {row.digest: row}), {}
 
     async def get_many(
         self, namespace: str, digests: Iterable[Digest], *, max_bytes: int

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ANCHORS_READ: Final = 200
+"""Newest anchors taken from the log for a check: reading all of a day's commits each minute would cost seconds."""
+
 _ANCHORS_CHECKED: Final = 8
 """Anchors looked at in one check: the newest, where a lost tail shows first, and some spread over the rest."""
 
