@@ -39,6 +39,8 @@ _DIGEST: Final = re.compile(r"[a-z2-7]{32}\Z")
 
 
 class RefParts(NamedTuple):
+    """What a reference says."""
+
     kind: str
     digest: Digest
 

@@ -54,6 +54,7 @@ class ContextRow(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ref(self) -> Ref:
+        """The reference: kind and digest."""
         return format_ref(self.kind, self.digest)
 
 

@@ -20,12 +20,7 @@ Tier = Literal["cache", "hot", "lake"]
 
 
 class Context:
-    """A stored context.  Immutable: equal references mean equal contexts.
-
-    ``raw`` is the exact bytes that were stored, already checked against the reference; ``body`` decodes them on first
-    use: JSON as Python objects, text as str, anything else as bytes.  ``size`` is that of ``raw``; ``created_at`` is
-    when the server first stored it (in the lake) or holds it since (in the hot tier).
-    """
+    """A stored context, read from ``tier``.  Immutable: equal references mean equal contexts."""
 
     def __init__(self, row: ContextRow, tier: Tier) -> None:
         self._row = row
@@ -33,38 +28,53 @@ class Context:
 
     @property
     def ref(self) -> Ref:
+        """The reference it was resolved by."""
         return self._row.ref
 
     @property
     def kind(self) -> str:
+        """What sort of context it is; part of the reference."""
         return self._row.kind
 
     @property
     def namespace(self) -> str:
+        """The namespace it is stored in; under the digest, so no other namespace resolves this reference."""
         return self._row.namespace
 
     @property
     def content_type(self) -> str:
+        """The media type of ``raw``, such as ``application/json``."""
         return self._row.content_type
 
     @property
     def raw(self) -> bytes:
+        """The exact bytes that were stored, already checked against the reference."""
         return self._row.body
 
     @property
     def size(self) -> int:
+        """Bytes of ``raw``, whatever form it is stored in."""
         return self._row.size
 
     @property
     def created_at(self) -> datetime:
+        """When the server stored it, UTC: the first time, once it is in the lake; in the hot tier, since it is there.
+
+        From the near cache of the process that put it: that process's time of the acknowledgement.
+        """
         return utc_from_ms(self._row.stored_at_ms)
 
     @property
     def expires_at(self) -> datetime | None:
+        """When the reference ceases to resolve, UTC; None for never."""
         return None if self._row.expires_at_ms is None else utc_from_ms(self._row.expires_at_ms)
 
     @cached_property
     def body(self) -> Any:
+        """``raw`` decoded, on first use: JSON as Python objects, text as str, anything else as bytes.
+
+        Raises InvalidBodyError when ``raw`` is not what its content type says.
+        """
         return decode_body(self._row.body, self._row.content_type)
 
     def __eq__(self, other: object) -> bool:

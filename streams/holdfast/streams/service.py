@@ -50,6 +50,8 @@ class ErrorBody(msgspec.Struct, omit_defaults=True, frozen=True):
 
 
 class ErrorReply(msgspec.Struct, frozen=True):
+    """The payload of an error reply."""
+
     error: ErrorBody
 
 

@@ -23,6 +23,7 @@ class TolerantClient(Client):
     """
 
     async def flush(self, timeout: int = 10) -> None:  # noqa: ASYNC109  the signature is nats-py's
+        """Returns once the server has seen everything that was published and subscribed before the call."""
         # nats-py writes its PING at once, past the commands that still wait for its flusher: the answer would say
         # nothing about them.
         await self._flush_pending(force_flush=True)

@@ -112,6 +112,8 @@ def service_subject(namespace: str, endpoint: str) -> str:
 
 
 class EventAddress(NamedTuple):
+    """What an event's subject says: names, decoded."""
+
     namespace: str
     agent: str
     name: str

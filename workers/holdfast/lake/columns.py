@@ -51,6 +51,8 @@ _ENCODINGS: Final[dict[Storage, str]] = {
 
 
 class Column(NamedTuple):
+    """A physical column: its Arrow type, how Parquet stores it, whether it has a Bloom filter."""
+
     name: str
     type: Any
     storage: Storage

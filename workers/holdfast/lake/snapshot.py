@@ -47,9 +47,13 @@ class Tail(Protocol):
     asked again if the lake has moved on meanwhile.  One call at a time is made.
     """
 
-    def read(self, table: Table, after: Position | None) -> TailSnapshot: ...
+    def read(self, table: Table, after: Position | None) -> TailSnapshot:
+        """Returns the rows of a table's stream after a position."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives up connection and memory; the tail is not read any more."""
+        ...
 
 
 class Picture(msgspec.Struct, frozen=True):

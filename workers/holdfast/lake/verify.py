@@ -44,6 +44,7 @@ class LakeReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ok(self) -> bool:
+        """Whether nothing was found."""
         return not self.violations
 
 

@@ -39,13 +39,16 @@ class Source:
 
     @classmethod
     def of_path(cls, path: Path) -> Source:
+        """Returns the source that is a file; it is opened when it is read."""
         return cls(str(path), lambda: path.open("rb"))
 
     @classmethod
     def of_bytes(cls, raw: bytes, name: str = "<bytes>") -> Source:
+        """Returns the source that is bytes in hand."""
         return cls(name, lambda: io.BytesIO(raw))
 
     def malformed(self, line: int, reason: str) -> Malformed:
+        """Returns the report of a line of this source that cannot be read; line 0 means the whole of it."""
         return Malformed(self.name, line, reason)
 
     def chunks(self) -> Iterator[bytes]:
