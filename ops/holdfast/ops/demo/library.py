@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sysconfig
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -103,7 +104,7 @@ def list_modules() -> Iterator[Module]:
 
 def measure(name: str, source: str, source_ref: str) -> Measures:
     """Returns the measures of a module; of one that does not parse, its lines alone."""
-    nodes = list(ast.walk(_parse(source)))
+    nodes = list(ast.walk(parse_module(source)))
     functions = [node for node in nodes if isinstance(node, Function)]
     classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
     public = [node for node in (*functions, *classes) if not node.name.startswith("_")]
@@ -126,7 +127,7 @@ def measure(name: str, source: str, source_ref: str) -> Measures:
 
 def review(measures: Measures, source: str, measures_ref: str) -> Review:
     """Returns what breaks the rules in a module."""
-    tree = _parse(source)
+    tree = parse_module(source)
     findings = [*_review_tree(tree), *_review_comments(source)]
     findings.sort(key=lambda finding: (finding.line, finding.rule))
     by_rule: dict[str, int] = {}
@@ -138,9 +139,16 @@ def review(measures: Measures, source: str, measures_ref: str) -> Review:
     return Review(module=measures.module, measures=measures_ref, findings=len(findings), by_rule=by_rule, listed=listed)
 
 
-def _parse(source: str) -> ast.Module:
+# CPython 3.11 keeps the depth of an AST under construction for the whole interpreter: when a finalizer lets another
+# thread in, and that one parses too, both may end in "SystemError: AST constructor recursion depth mismatch".
+_PARSER: Final = threading.Lock()
+
+
+def parse_module(source: str) -> ast.Module:
+    """Returns the tree of a module's source, an empty one when it does not parse; safe to call from several threads."""
     try:
-        return ast.parse(source)
+        with _PARSER:
+            return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return ast.Module(body=[], type_ignores=[])
 

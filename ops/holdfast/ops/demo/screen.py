@@ -5,6 +5,8 @@ On a terminal with colours and moving bars; in a file or a pipe the same text wi
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -202,17 +204,25 @@ class DemoScreen:
     def _show_next(self, story: Story, *, temporary: bool, data: Path) -> None:
         self.console.print(f"\n[bold]Done in {story.seconds:.1f} s.[/bold]  Next:")
         directory = "./demo-data" if temporary else str(data)
+        program = _program()
         lines = [
-            ("holdfast demo --data ./demo-data", "the same, and the data stays"),
-            (f"holdfast sql --data {directory} 'FROM events LIMIT 5'", "ask it anything"),
-            (f"holdfast verify --data {directory}", "check every promise"),
-            ("holdfast up", "a server and all workers, for agents of your own"),
-            ("holdfast demo --traces PATH", "these figures on recorded traces"),
+            (f"{program} demo --data ./demo-data", "the same, and the data stays"),
+            (f"{program} sql --data {directory} 'FROM events LIMIT 5'", "ask it anything"),
+            (f"{program} verify --data {directory}", "check every promise"),
+            (f"{program} up", "a server and all workers, for agents of your own"),
+            (f"{program} demo --traces PATH", "these figures on recorded traces"),
         ]
         grid = Table.grid(padding=(0, 3, 0, 0))
         for command, meaning in lines if temporary else lines[1:]:
             grid.add_row(f"[cyan]{escape(command)}[/cyan]", f"[dim]{meaning}[/dim]")
         self.console.print(_indented(grid))
+
+
+def _program() -> str:
+    """What a user has to type to run this program again: its name alone only works when it is on the path."""
+    if shutil.which("holdfast") is not None or not Path(sys.argv[0]).is_file():
+        return "holdfast"
+    return os.path.relpath(sys.argv[0])
 
 
 def _table(*columns: str, left: int = 1) -> Table:
