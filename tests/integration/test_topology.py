@@ -106,9 +106,10 @@ async def test_a_stream_without_an_epoch_is_drift(bare: Connection) -> None:
 
 
 async def test_a_layout_of_another_version_is_drift(bare: Connection) -> None:
+    await ensure_topology(bare)
     metadata = {"holdfast.epoch": "e", "holdfast.version": "2"}
     await bare.api(
-        f"STREAM.CREATE.{HOT_STREAM}", {"name": HOT_STREAM, "metadata": metadata, **declarations()[HOT_STREAM]}
+        f"STREAM.UPDATE.{HOT_STREAM}", {"name": HOT_STREAM, "metadata": metadata, **declarations()[HOT_STREAM]}
     )
     with pytest.raises(DriftError) as caught:
         await ensure_topology(bare)

@@ -22,7 +22,7 @@ class _Finalized:
 
 
 def test_two_agents_may_parse_at_once() -> None:
-    """On CPython 3.11 without a lock one in ten of these ends in a SystemError: a finalizer runs while a tree is built."""
+    """On CPython 3.11 without a lock some of these end in a SystemError: a finalizer runs while a tree is built."""
     sources = [path.read_text(errors="ignore") for path in sorted(Path(ast.__file__).parent.glob("*.py"))[:30]]
     errors: list[SystemError] = []
 

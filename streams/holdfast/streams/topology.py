@@ -16,6 +16,7 @@ import msgspec
 from holdfast.schemas.errors import DriftError, GapError, UnavailableError
 from holdfast.schemas.ids import iso_from_ms
 from holdfast.streams.connection import ApiError, Connection
+from holdfast.streams.retry import call_with_retry
 from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, H_SEQUENCE, H_STATUS, HOT_STREAM, KEYS_STREAM
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ PURGE_S: Final = 60.0
 
 _STREAM_NOT_FOUND: Final = 10059
 _NAME_IN_USE: Final = 10058
+_STORE_FAILED: Final = 10049
+_CREATE_S: Final = 5.0
+"""How long a stream's store is waited for."""
 _NS: Final = 1_000_000_000
 
 
@@ -213,8 +217,20 @@ async def first_seq_since(connection: Connection, name: str, at_ms: int) -> int 
 
 async def _create(connection: Connection, name: str, declared: dict[str, Any]) -> dict[str, Any]:
     metadata = {EPOCH_KEY: secrets.token_hex(8), VERSION_KEY: LAYOUT_VERSION}
+
+    async def create() -> dict[str, Any]:
+        try:
+            return await connection.api(f"STREAM.CREATE.{name}", {"name": name, "metadata": metadata, **declared})
+        except ApiError as error:
+            # A stream of this name that was just deleted: its directory is still being removed.
+            if error.err_code == _STORE_FAILED:
+                raise UnavailableError(
+                    f"the server cannot make the store of stream {name}", hint="see its log and its disk"
+                ) from error
+            raise
+
     try:
-        answer = await connection.api(f"STREAM.CREATE.{name}", {"name": name, "metadata": metadata, **declared})
+        answer = await call_with_retry(create, deadline_s=_CREATE_S)
     except ApiError as error:
         # Another process created it between our look and our call, with another epoch: theirs is the one.
         if error.err_code != _NAME_IN_USE:
