@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from holdfast.ops.server import EmbeddedServer
 from holdfast.ops.server_config import ServerSettings
 from holdfast.schemas.errors import UnavailableError
-from holdfast.streams.connection import open_connection
+from holdfast.streams.connection import ApiError, open_connection
 from holdfast.streams.topology import StreamInfo, ensure_topology
 
 if TYPE_CHECKING:
@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 
     from nats.aio.msg import Msg
 
+    from holdfast.streams.connection import Connection
+
 LIMIT_S: Final = 30.0
 """Bounds every wait of these tests; none of them is expected to take that long."""
+
+STORE_FAILED: Final = 10049
 
 
 def examples(count: int) -> settings:
@@ -131,3 +135,15 @@ def hpub(subject: bytes, header_block: bytes, payload: bytes = b"{}") -> bytes:
         header_block,
         payload,
     )
+
+
+async def create_stream(connection: Connection, config: dict[str, Any]) -> None:
+    """Creates a stream as a foreign client would; a namesake's directory may still be being removed."""
+    while True:
+        try:
+            await connection.api(f"STREAM.CREATE.{config['name']}", config)
+            return
+        except ApiError as error:
+            if error.err_code != STORE_FAILED:
+                raise
+            await asyncio.sleep(0.01)

@@ -13,7 +13,7 @@ from holdfast.schemas.errors import DriftError, GapError
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.topology import declarations, ensure_topology, stream_info
 from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
-from tests.support import LIMIT_S, OwnServer
+from tests.support import LIMIT_S, OwnServer, create_stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -89,7 +89,7 @@ async def test_a_changed_setting_is_reported_with_both_values(
     (setting, value) = next(iter(change.items()))
     declared = declarations()[name] | change
     metadata = {"holdfast.epoch": "e", "holdfast.version": "1"}
-    await bare.api(f"STREAM.CREATE.{name}", {"name": name, "metadata": metadata, **declared})
+    await create_stream(bare, {"name": name, "metadata": metadata, **declared})
     with pytest.raises(DriftError) as caught:
         await ensure_topology(bare)
     assert caught.value.differences == {setting: (declarations()[name][setting], value)}
@@ -99,7 +99,7 @@ async def test_a_changed_setting_is_reported_with_both_values(
 
 
 async def test_a_stream_without_an_epoch_is_drift(bare: Connection) -> None:
-    await bare.api(f"STREAM.CREATE.{HOT_STREAM}", {"name": HOT_STREAM, **declarations()[HOT_STREAM]})
+    await create_stream(bare, {"name": HOT_STREAM, **declarations()[HOT_STREAM]})
     with pytest.raises(DriftError) as caught:
         await ensure_topology(bare)
     assert set(caught.value.differences) == {"metadata.holdfast.epoch", "metadata.holdfast.version"}

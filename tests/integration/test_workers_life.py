@@ -42,7 +42,7 @@ from tests.running import (
     until_ready,
     worker_process,
 )
-from tests.support import LIMIT_S, OwnServer, api, plain_client
+from tests.support import LIMIT_S, OwnServer, api, create_stream, plain_client
 
 pytestmark = pytest.mark.asyncio
 
@@ -360,6 +360,6 @@ async def test_the_janitor_goes_on_when_the_stream_is_made_anew(server: OwnServe
         config = (await connection.api(f"STREAM.INFO.{KEYS_STREAM}"))["config"]
         await connection.api(f"STREAM.DELETE.{KEYS_STREAM}")
         config["metadata"]["holdfast.epoch"] = "another"
-        await connection.api(f"STREAM.CREATE.{KEYS_STREAM}", config)
+        await create_stream(connection, config)
         await put_version(connection, "default", "new", 1, expires_at_ms=now_ms())
         await eventually(lambda: workers.counters()["janitor"]["expired"] == 1)
