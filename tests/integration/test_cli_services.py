@@ -33,7 +33,7 @@ def test_a_signal_drains_in_the_stated_order(tmp_path: Path, number: signal.Sign
         line("put", "before the end")
         server = int(json.loads((line.data / "server.json").read_text())["pid"])
         service.stop(number)
-        assert drained(service) == ["janitor", "compactor", "ingester", "archiver"]
+        assert drained(service) == ["resolver", "janitor", "compactor", "ingester", "archiver"]
     assert not psutil.pid_exists(server)
     assert not (line.data / "server.json").exists()
 

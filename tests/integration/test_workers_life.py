@@ -72,8 +72,7 @@ async def test_workers_drain_in_the_stated_order(
     started = [worker for action, worker in told if action == "worker_started"]
     drained = [worker for action, worker in told if action == "worker_drained"]
     assert started == ["archiver", "ingester", "compactor", "janitor", "resolver"] == list(WORKERS)
-    # The resolver's drain is that of its service: no new request is taken, before any other worker is asked to stop.
-    assert drained == ["janitor", "compactor", "ingester", "archiver"]
+    assert drained == ["resolver", "janitor", "compactor", "ingester", "archiver"]
 
 
 @pytest.mark.parametrize("name", WORKERS)

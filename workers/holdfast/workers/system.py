@@ -227,5 +227,6 @@ async def _start_archiver(
 async def _start_resolver(
     stack: AsyncExitStack, workers: RunningWorkers, hot: HotTier, lake: Lake, index: LakeIndex
 ) -> None:
+    stack.callback(logger.info, "worker drained", extra={"action": "worker_drained", "worker": "resolver"})
     counters = await stack.enter_async_context(run_resolver(workers.connection, hot, lake, index))
     workers.count("resolver", lambda: {name: msgspec.structs.asdict(count) for name, count in counters.items()})

@@ -51,7 +51,11 @@ async def list_dead(invocation: Invocation) -> None:
                 rows.append(
                     (seq, letter.stream, letter.seq, letter.code, letter.reason, iso_from_ms(letter.died_at_ms))
                 )
-    if not invocation.json:
+    if invocation.json:
+        return
+    if not rows:
+        output.remark("no dead letters")
+    else:
         output.write_table(("seq", "stream", "origin seq", "code", "reason", "died at"), rows, right=("seq",))
 
 
