@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from holdfast.lake.verify import Violation, verify_lake
+from holdfast.lake.verify import verify_lake
 from holdfast.ops.verify_archive import Archive, Findings
 from holdfast.ops.verify_streams import StreamCheck
+from holdfast.schemas.problems import Problem
 
 if TYPE_CHECKING:
     from holdfast.streams.connection import Connection
@@ -26,7 +27,7 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
 
     ok: bool
     checked: dict[str, int]
-    violations: list[Violation]
+    violations: list[Problem]
 
 
 async def verify(lake: Path | None, connection: Connection | None, *, nothing_archived: bool = False) -> VerifyReport:
@@ -37,7 +38,7 @@ async def verify(lake: Path | None, connection: Connection | None, *, nothing_ar
     Raises DataDirectoryError when ``lake`` holds none, UnavailableError when the server stops answering.
     """
     checked: Counter[str] = Counter()
-    violations: list[Violation] = []
+    violations: list[Problem] = []
     if lake is not None:
         report = await asyncio.to_thread(verify_lake, lake)
         checked.update({f"lake_{name}": count for name, count in report.checked.items()})

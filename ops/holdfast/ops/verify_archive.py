@@ -11,7 +11,7 @@ from typing import Final
 from holdfast.lake import connect
 from holdfast.lake.index import LakeIndex
 from holdfast.lake.lake import Lake
-from holdfast.lake.verify import Violation
+from holdfast.schemas.problems import Problem
 from holdfast.schemas.refs import Ref, parse_ref
 from holdfast.schemas.rows import TABLES, ContextRow, EventRow, KeyVersionRow, Position, Row, Table
 
@@ -28,19 +28,19 @@ class Findings:
     """Violations, a bounded number of each kind."""
 
     def __init__(self) -> None:
-        self._listed: list[Violation] = []
+        self._listed: list[Problem] = []
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def add(self, invariant: str, kind: str, what: str, *, at: str, next_step: str) -> None:
         """Notes that ``invariant`` is broken at an object; ``kind`` groups what is cut beyond a number."""
         self._counts[invariant, kind] += 1
         if self._counts[invariant, kind] <= MOST_OF_A_KIND:
-            self._listed.append(Violation(invariant=invariant, object=at, what=what, next_step=next_step))
+            self._listed.append(Problem(invariant=invariant, object=at, what=what, next_step=next_step))
 
-    def all(self) -> list[Violation]:
+    def all(self) -> list[Problem]:
         """Returns the violations, and of a kind that was cut how many more there are."""
         further = [
-            Violation(
+            Problem(
                 invariant=invariant,
                 object=kind,
                 what=f"{count - MOST_OF_A_KIND} more of the same kind",

@@ -20,6 +20,7 @@ from holdfast.lake.lake import Lake
 from holdfast.lake.log import FileEntry, Snapshot, list_versions, read_commit
 from holdfast.lake.views import view_statements
 from holdfast.schemas.errors import IntegrityError
+from holdfast.schemas.problems import Problem
 from holdfast.schemas.refs import compute_digest, parse_ref
 from holdfast.schemas.rows import TABLES, ContextRow, Table
 
@@ -27,20 +28,11 @@ MOST_OF_A_KIND: Final = 100
 """Most violations listed for one table and check; the rest is counted in the last one's text."""
 
 
-class Violation(msgspec.Struct, frozen=True, kw_only=True):
-    """One broken promise.  ``invariant`` is its id in the design (I1, I2, …)."""
-
-    invariant: str
-    object: str
-    what: str
-    next_step: str
-
-
 class LakeReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was checked, as counts, and what was found."""
 
     checked: dict[str, int]
-    violations: list[Violation]
+    violations: list[Problem]
 
     @property
     def ok(self) -> bool:
@@ -52,7 +44,7 @@ def verify_lake(path: str | Path) -> LakeReport:
     """Checks a whole lake; raises DataDirectoryError when there is none."""
     lake = Lake.open(path)
     checked: Counter[str] = Counter()
-    violations: list[Violation] = []
+    violations: list[Problem] = []
     for table in TABLES:
         snapshot = lake.snapshot(table)
         checks = [_check_log(lake, snapshot, checked), _check_files(snapshot, checked)]
@@ -65,7 +57,7 @@ def verify_lake(path: str | Path) -> LakeReport:
     return LakeReport(checked=dict(checked), violations=violations)
 
 
-def _bounded(check: Iterable[Violation]) -> Iterator[Violation]:
+def _bounded(check: Iterable[Problem]) -> Iterator[Problem]:
     further = 0
     for number, violation in enumerate(check):
         if number < MOST_OF_A_KIND:
@@ -73,16 +65,16 @@ def _bounded(check: Iterable[Violation]) -> Iterator[Violation]:
         else:
             further += 1
     if further:
-        yield Violation(
+        yield Problem(
             invariant="I1", object="lake", what=f"{further} more of the same kind", next_step="see those listed"
         )
 
 
-def _check_log(lake: Lake, snapshot: Snapshot, checked: Counter[str]) -> Iterator[Violation]:
+def _check_log(lake: Lake, snapshot: Snapshot, checked: Counter[str]) -> Iterator[Problem]:
     """I3: every append continues the one before, in its epoch; watermarks only advance."""
     torn = lake.table(snapshot.table).torn_commit()
     if torn is not None:
-        yield Violation(
+        yield Problem(
             invariant="I5",
             object=torn.path,
             what="the last commit is torn; it was never acknowledged",
@@ -101,7 +93,7 @@ def _check_log(lake: Lake, snapshot: Snapshot, checked: Counter[str]) -> Iterato
         epoch, first, last = commit.info["epoch"], commit.info["first_seq"], commit.info["last_seq"]
         before = last_seqs.get(epoch)
         if last < first or (before is not None and first != before + 1):
-            yield Violation(
+            yield Problem(
                 invariant="I3",
                 object=f"{snapshot.directory} version {version}",
                 what=f"archives {epoch} {first} to {last} after {before}",
@@ -110,7 +102,7 @@ def _check_log(lake: Lake, snapshot: Snapshot, checked: Counter[str]) -> Iterato
         last_seqs[epoch] = last
 
 
-def _check_files(snapshot: Snapshot, checked: Counter[str]) -> Iterator[Violation]:
+def _check_files(snapshot: Snapshot, checked: Counter[str]) -> Iterator[Problem]:
     """I1, I4: every file is there, whole, and holds what the log says; no sequence twice, none past a watermark."""
     spans: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for entry in sorted(snapshot.files.values(), key=lambda entry: (entry.epoch, entry.min_seq)):
@@ -125,8 +117,8 @@ def _check_files(snapshot: Snapshot, checked: Counter[str]) -> Iterator[Violatio
         yield from _check_overlaps(snapshot, epoch, ranges)
 
 
-def _file_violation(snapshot: Snapshot, entry: FileEntry, what: str, invariant: str = "I1") -> Violation:
-    return Violation(
+def _file_violation(snapshot: Snapshot, entry: FileEntry, what: str, invariant: str = "I1") -> Problem:
+    return Problem(
         invariant=invariant,
         object=str(snapshot.directory / entry.path),
         what=what,
@@ -134,7 +126,7 @@ def _file_violation(snapshot: Snapshot, entry: FileEntry, what: str, invariant: 
     )
 
 
-def _check_file(snapshot: Snapshot, entry: FileEntry, checked: Counter[str]) -> Iterator[Violation]:
+def _check_file(snapshot: Snapshot, entry: FileEntry, checked: Counter[str]) -> Iterator[Problem]:
     path = snapshot.directory / entry.path
     size = path.stat().st_size
     if size != entry.size_bytes:
@@ -163,7 +155,7 @@ def _check_file(snapshot: Snapshot, entry: FileEntry, checked: Counter[str]) -> 
         )
 
 
-def _check_digest(snapshot: Snapshot, entry: FileEntry, row: ContextRow, checked: Counter[str]) -> Iterator[Violation]:
+def _check_digest(snapshot: Snapshot, entry: FileEntry, row: ContextRow, checked: Counter[str]) -> Iterator[Problem]:
     if row.form in ("touch", "manifest"):
         return
     checked["digests"] += 1
@@ -174,7 +166,7 @@ def _check_digest(snapshot: Snapshot, entry: FileEntry, row: ContextRow, checked
         yield _file_violation(snapshot, entry, f"row {row.seq}, {row.ref}, hashes to {actual}", "I4")
 
 
-def _check_overlaps(snapshot: Snapshot, epoch: str, ranges: list[tuple[int, int, str]]) -> Iterator[Violation]:
+def _check_overlaps(snapshot: Snapshot, epoch: str, ranges: list[tuple[int, int, str]]) -> Iterator[Problem]:
     """Files whose ranges overlap (two days around midnight) are compared row by row."""
     ranges.sort()
     reach, reach_path = -1, ""
@@ -182,7 +174,7 @@ def _check_overlaps(snapshot: Snapshot, epoch: str, ranges: list[tuple[int, int,
         if first <= reach:
             common = _sequences(snapshot, path) & _sequences(snapshot, reach_path)
             if common:
-                yield Violation(
+                yield Problem(
                     invariant="I1",
                     object=str(snapshot.directory / path),
                     what=f"{len(common)} rows of {epoch}, first {min(common)}, are in {reach_path} as well",
@@ -211,7 +203,7 @@ def _views(lake: Lake) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def _check_identities(lake: Lake, checked: Counter[str]) -> Iterator[Violation]:
+def _check_identities(lake: Lake, checked: Counter[str]) -> Iterator[Problem]:
     """I1, I2: no context, event or key version is in the lake twice."""
     with _views(lake) as connection:
         for table, (columns, source) in _IDENTITIES.items():
@@ -221,7 +213,7 @@ def _check_identities(lake: Lake, checked: Counter[str]) -> Iterator[Violation]:
             ).fetchall()
             checked["identities"] += lake.table(table).statistics().rows
             for count, *identity in found:
-                yield Violation(
+                yield Problem(
                     invariant="I1",
                     object=f"{table} {' '.join(str(part) for part in identity)}",
                     what=f"is stored {count} times",
@@ -229,7 +221,7 @@ def _check_identities(lake: Lake, checked: Counter[str]) -> Iterator[Violation]:
                 )
 
 
-def _check_joined(lake: Lake, checked: Counter[str]) -> Iterator[Violation]:
+def _check_joined(lake: Lake, checked: Counter[str]) -> Iterator[Problem]:
     """I4: every chunked body, put together, hashes to its reference."""
     with _views(lake) as connection:
         manifests = connection.execute("SELECT ref FROM contexts_stored WHERE form = 'manifest'").fetchall()
@@ -248,7 +240,7 @@ def _check_joined(lake: Lake, checked: Counter[str]) -> Iterator[Violation]:
                     )
                     problem = "" if actual == parse_ref(ref).digest else f"hashes to {actual}"
                 if problem:
-                    yield Violation(
+                    yield Problem(
                         invariant="I4",
                         object=ref,
                         what=f"a chunked body {problem}",

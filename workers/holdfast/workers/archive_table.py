@@ -27,6 +27,7 @@ import msgspec
 from holdfast.lake.lookup import Lookup
 from holdfast.schemas import limits
 from holdfast.schemas.errors import GapError, HoldfastError, IntegrityError, NotFoundError, RetryError
+from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Position, Row, Table
 from holdfast.streams.codec import decode_manifest, join
 from holdfast.streams.dead import bury
@@ -44,7 +45,6 @@ from holdfast.workers.archive_plan import (
     key_of,
     same_content,
 )
-from holdfast.workers.control import Problem
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, check_anchors
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from holdfast.schemas.errors import (
     UnavailableError,
 )
 from holdfast.schemas.failpoints import failpoint
+from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import TABLES, Table
 from holdfast.streams.service import Call, Handler, decode_request, serve
 from holdfast.streams.topology import stream_info
@@ -46,7 +47,6 @@ from holdfast.workers.control import (
     EvictReport,
     EvictRequest,
     FlushReport,
-    Problem,
     TableStatus,
 )
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, purge_archived

@@ -8,6 +8,7 @@ import msgspec
 
 from holdfast.client.cold import error_of
 from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import Table
 from holdfast.streams.service import ErrorReply
 from holdfast.streams.wire import H_SERVICE_ERROR
@@ -54,15 +55,6 @@ class EvictReport(msgspec.Struct, frozen=True):
 
     purged: int
     left: int
-
-
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """A broken promise, or one in danger: which, of what, what was seen, and what to do next."""
-
-    invariant: str
-    object: str
-    what: str
-    next_step: str
 
 
 class TableStatus(msgspec.Struct, frozen=True, kw_only=True):

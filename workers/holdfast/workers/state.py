@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from holdfast.schemas.errors import HoldfastError
+from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import TABLES, Position, Table
 from holdfast.streams.topology import StreamInfo, stream_info
 from holdfast.streams.wire import DEAD_STREAM, STREAM_OF_TABLE
-from holdfast.workers.control import Problem, archiver_status
+from holdfast.workers.control import archiver_status
 
 if TYPE_CHECKING:
     from holdfast.lake.lake import Lake
