@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 if TYPE_CHECKING:
-    from holdfast.schemas.refs import Ref
     from holdfast.schemas.rows import ContextRow
 
 MAX_AGE_MS: Final = 60_000
@@ -29,56 +28,59 @@ class CacheCounters(msgspec.Struct):
 
 
 class NearCache:
-    """Least recently used contexts up to ``limit_bytes``; a context is immutable, so an entry is right or absent."""
+    """Least recently used contexts, by reference or digest, up to ``limit_bytes``.
+
+    A context is immutable, so an entry is right or absent.
+    """
 
     def __init__(self, limit_bytes: int = DEFAULT_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._bytes = 0
-        self._entries: OrderedDict[Ref, tuple[int, ContextRow]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[int, ContextRow]] = OrderedDict()
         self.counters = CacheCounters()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, ref: object) -> bool:
-        return isinstance(ref, str) and ref in self._entries
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key in self._entries
 
-    def get(self, ref: Ref, now_ms: int) -> ContextRow | None:
+    def get(self, key: str, now_ms: int) -> ContextRow | None:
         """Returns the context if it is here, young enough and not expired."""
-        entry = self._entries.get(ref)
+        entry = self._entries.get(key)
         if entry is None:
             self.counters.misses += 1
             return None
         until_ms, row = entry
         if now_ms >= until_ms:
-            self._drop(ref)
+            self._drop(key)
             self.counters.misses += 1
             return None
-        self._entries.move_to_end(ref)
+        self._entries.move_to_end(key)
         self.counters.hits += 1
         return row
 
-    def add(self, ref: Ref, row: ContextRow, now_ms: int) -> None:
+    def add(self, key: str, row: ContextRow, now_ms: int) -> None:
         """Remembers a context; one that is over an eighth of the cache is not worth what it would push out."""
         cost = len(row.body) + _ENTRY_BYTES
         if cost * 8 > self._limit_bytes:
             return
-        if ref in self._entries:
-            self._drop(ref)
+        if key in self._entries:
+            self._drop(key)
         until_ms = now_ms + MAX_AGE_MS
         if row.expires_at_ms is not None:
             until_ms = min(until_ms, row.expires_at_ms)
-        self._entries[ref] = (until_ms, row)
+        self._entries[key] = (until_ms, row)
         self._bytes += cost
         while self._bytes > self._limit_bytes:
             self._drop(next(iter(self._entries)))
             self.counters.evicted += 1
 
-    def forget(self, ref: Ref) -> None:
+    def forget(self, key: str) -> None:
         """Drops a context, if it is here."""
-        if ref in self._entries:
-            self._drop(ref)
+        if key in self._entries:
+            self._drop(key)
 
-    def _drop(self, ref: Ref) -> None:
-        _, row = self._entries.pop(ref)
+    def _drop(self, key: str) -> None:
+        _, row = self._entries.pop(key)
         self._bytes -= len(row.body) + _ENTRY_BYTES

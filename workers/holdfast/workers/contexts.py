@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import msgspec
 
 from holdfast.client.model import Tier
+from holdfast.client.near_cache import NearCache
 from holdfast.lake.lookup import Lookup
 from holdfast.schemas.errors import (
     HoldfastError,
@@ -26,6 +26,7 @@ from holdfast.schemas.errors import (
     TooLargeError,
     UnavailableError,
 )
+from holdfast.schemas.ids import now_ms
 from holdfast.schemas.rows import ContextRow
 from holdfast.streams.codec import decode_manifest, join
 
@@ -60,8 +61,7 @@ class ColdReader:
         self._lookup = Lookup(lake, index)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="holdfast-cold")
         self._waiting: dict[Digest, asyncio.Future[ContextRow | None]] = {}
-        self._cache: OrderedDict[Digest, ContextRow] = OrderedDict()
-        self._cached_bytes = 0
+        self._cache = NearCache(CACHE_BYTES)
         self._running: asyncio.Task[None] | None = None
 
     async def get_many(self, digests: Iterable[Digest]) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
@@ -72,10 +72,10 @@ class ColdReader:
         found: dict[Digest, ContextRow] = {}
         failed: dict[Digest, HoldfastError] = {}
         futures: dict[Digest, asyncio.Future[ContextRow | None]] = {}
+        now = now_ms()
         for digest in digests:
-            cached = self._cache.get(digest)
+            cached = self._cache.get(digest, now)
             if cached is not None:
-                self._cache.move_to_end(digest)
                 found[digest] = cached
             else:
                 futures[digest] = self._enqueue(digest)
@@ -147,8 +147,9 @@ class ColdReader:
                     outcomes |= await self._read([digest])
                 return outcomes
             return {digests[0]: _typed(error)}
+        now = now_ms()
         for row in rows.values():
-            self._remember(row)
+            self._cache.add(row.digest, row, now)
         return dict(rows)
 
     def _read_blocking(self, digests: list[Digest]) -> dict[Digest, ContextRow]:
@@ -159,13 +160,6 @@ class ColdReader:
             self._index.refresh(self._lake)
             rows |= self._lookup.get_contexts(missing)
         return rows
-
-    def _remember(self, row: ContextRow) -> None:
-        self._cache[row.digest] = row
-        self._cached_bytes += len(row.body)
-        while self._cached_bytes > CACHE_BYTES and self._cache:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= len(dropped.body)
 
 
 class ContextReader:
