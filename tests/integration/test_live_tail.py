@@ -15,7 +15,7 @@ from holdfast.schemas.rows import ContextRow, EventRow, Position, TailSnapshot
 from holdfast.streams import tail as tail_module
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.tail import ResidentTail, StreamTail, open_tail
-from holdfast.streams.topology import ensure_topology, stream_info
+from holdfast.streams.topology import StreamInfo, ensure_topology, purge_below, stream_info
 from holdfast.streams.wire import EVENTS_STREAM
 from tests.support import LIMIT_S, OwnServer, hpub, plain_client, raw_publish
 
@@ -67,6 +67,27 @@ class TestResidentTail:
         assert len(tail._rows) == 3
         assert data_of(await tail.read(Position(epoch, 10))) == []
         assert (tail._rows, tail._bytes) == ([], 0)
+        await tail.close()
+
+    async def test_a_purge_between_the_look_and_the_reading_is_told(
+        self, link: Connection, own_server: OwnServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Otherwise rows that were archived and purged just then would be in neither half of the live view."""
+        tail, epoch = ResidentTail(link, "events"), await epoch_of(link)
+        await emit(own_server.url, 0, 4)
+        assert data_of(await tail.read(Position(epoch, 0))) == [0, 1, 2, 3]
+        await emit(own_server.url, 4, 4)
+
+        async def look_then_lose(connection: Connection, name: str) -> StreamInfo:
+            info = await stream_info(connection, name)
+            await purge_below(connection, name, 7)
+            return info
+
+        monkeypatch.setattr(tail_module, "stream_info", look_then_lose)
+        snapshot = await tail.read(Position(epoch, 4))
+        assert data_of(snapshot) == [6, 7]
+        assert snapshot.first_seq == 7  # beyond the position + 1: the caller begins anew, with what the lake has now
+        assert data_of(await tail.read(Position(epoch, 6))) == [6, 7]
         await tail.close()
 
     async def test_a_position_further_back_is_read_again(self, link: Connection, own_server: OwnServer) -> None:

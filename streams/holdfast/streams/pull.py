@@ -39,7 +39,8 @@ class StreamReader:
     """Reads one stream forward.  Not safe for two readers at once.
 
     ``next_seq`` is the sequence that the next read begins at.  ``allow_gaps``: a stream of which interior messages are
-    purged by design (superseded key versions) has gaps that mean nothing.
+    purged by design (superseded key versions) has gaps that mean nothing.  ``passed_over`` counts the sequences without
+    a message that were passed over so.
     """
 
     def __init__(self, connection: Connection, stream: str, next_seq: int, *, allow_gaps: bool = False) -> None:
@@ -47,6 +48,7 @@ class StreamReader:
         self._stream = stream
         self.next_seq = next_seq
         self._allow_gaps = allow_gaps
+        self.passed_over = 0
         self._consumer: str | None = None
         self._delivered_up_to = -1
         self._epoch: str = ""
@@ -84,7 +86,7 @@ class StreamReader:
         if self.next_seq < info.first_seq and self.next_seq <= info.last_seq:
             if not self._allow_gaps:
                 raise _gap(self._stream, self.next_seq, info.first_seq)
-            self.next_seq = info.first_seq
+            self._pass_over(info.first_seq)
         messages: list[StoredMessage] = []
         size = 0
         while self.next_seq <= last and len(messages) < limit and size < max_bytes:
@@ -93,7 +95,7 @@ class StreamReader:
             if not batch:
                 # Nothing from here to the end: the tail was purged (only an allowed gap can be one).
                 if self._allow_gaps:
-                    self.next_seq = last + 1
+                    self._pass_over(last + 1)
                 elif not messages:
                     raise _gap(self._stream, self.next_seq, last + 1)
                 break
@@ -105,12 +107,17 @@ class StreamReader:
                     raise _gap(self._stream, self.next_seq, message.seq)
                 if message.seq > last:
                     await self._drop_consumer()
-                    self.next_seq = last + 1
+                    self._pass_over(last + 1)
                     break
+                self._pass_over(message.seq)
                 self.next_seq = message.seq + 1
                 size += len(message.payload)
                 messages.append(message)
         return messages, info
+
+    def _pass_over(self, seq: int) -> None:
+        self.passed_over += seq - self.next_seq
+        self.next_seq = seq
 
     async def close(self) -> None:
         """Deletes the consumer on the server; it would go by itself after a minute."""

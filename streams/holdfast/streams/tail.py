@@ -68,9 +68,13 @@ class ResidentTail:
                 await self._restart(info.epoch, max(after_seq, info.first_seq - 1))
             # First: what is archived does not count against the bounds of what is not.
             self._forget_up_to(after_seq)
-            await self._catch_up(info.last_seq)
+            first_seq = info.first_seq
+            if await self._catch_up(info.last_seq):
+                # Purged between the look at the stream and the reading of it.  Where the stream begins now tells the
+                # caller that rows are missing here, and that the lake has them.
+                first_seq = (await stream_info(self._connection, self._stream)).first_seq
             rows = [row for row in self._rows if row.seq <= info.last_seq]
-            return TailSnapshot(rows=rows, epoch=info.epoch, first_seq=info.first_seq, last_seq=info.last_seq)
+            return TailSnapshot(rows=rows, epoch=info.epoch, first_seq=first_seq, last_seq=info.last_seq)
 
     async def close(self) -> None:
         """Drops the rows and the consumer."""
@@ -86,10 +90,12 @@ class ResidentTail:
         self._rows, self._bytes = [], 0
         self._after, self._epoch = after_seq, epoch
 
-    async def _catch_up(self, last_seq: int) -> None:
+    async def _catch_up(self, last_seq: int) -> bool:
+        """Reads up to a sequence; returns whether sequences were passed over that hold no message."""
         reader = self._reader
         if reader is None:
-            return
+            return False
+        passed_over = reader.passed_over
         while reader.next_seq <= last_seq:
             messages, info = await reader.read(limit=_READ, up_to=last_seq)
             for message in messages:
@@ -107,7 +113,8 @@ class ResidentTail:
                     hint="is an archiver running? see 'holdfast health'",
                 )
             if not messages and reader.next_seq <= min(last_seq, info.last_seq) and not info.messages:
-                return
+                break
+        return reader.passed_over != passed_over
 
     def _forget_up_to(self, seq: int) -> None:
         if seq <= self._after:
