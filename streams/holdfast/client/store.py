@@ -19,7 +19,7 @@ from holdfast.schemas.ids import EventId, ms_from_utc, new_event_id, normal_even
 from holdfast.schemas.names import check_agent, check_kind, check_namespace
 from holdfast.schemas.refs import Digest, Ref, parse_ref
 from holdfast.schemas.rows import ContextRow
-from holdfast.streams.codec import decode_manifest, join
+from holdfast.streams.codec import decode_manifest, join, require_chunks
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.connection_target import ConnectionTarget
 from holdfast.streams.discovery import require_connection
@@ -325,13 +325,8 @@ class Holdfast:
         broken: dict[Digest, HoldfastError] = {}
         for row in manifests:
             del stored[row.digest]
-            lost = [digest for digest in decode_manifest(row.body).chunks if digest not in bodies]
-            if lost:
-                broken[row.digest] = chunk_errors.get(lost[0]) or NotFoundError(
-                    f"{len(lost)} chunks of {row.ref} are stored nowhere", hint="run 'holdfast verify'"
-                )
-                continue
             try:
+                require_chunks(row, bodies, chunk_errors)
                 stored[row.digest] = await asyncio.to_thread(join, row, bodies)
             except HoldfastError as error:
                 broken[row.digest] = error

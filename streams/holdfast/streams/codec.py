@@ -19,14 +19,21 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Final
 
 import msgspec
 
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import BINARY
-from holdfast.schemas.errors import DigestMismatchError, InvalidBodyError, InvalidFieldError, TooLargeError
+from holdfast.schemas.errors import (
+    DigestMismatchError,
+    HoldfastError,
+    InvalidBodyError,
+    InvalidFieldError,
+    NotFoundError,
+    TooLargeError,
+)
 from holdfast.schemas.ids import MAX_MS
 from holdfast.schemas.names import CHUNK_KIND, check_kind
 from holdfast.schemas.refs import JSON, Digest, compute_digest, is_digest
@@ -177,6 +184,17 @@ def decode_manifest(body: bytes) -> Manifest:
     if manifest.v != 1 or len(manifest.chunks) != expected or not all(map(is_digest, manifest.chunks)):
         raise InvalidBodyError("manifest is not of the form size, chunks", field="body")
     return manifest
+
+
+def require_chunks(
+    row: ContextRow, found: Container[Digest], errors: Mapping[Digest, HoldfastError] | None = None
+) -> None:
+    """Raises unless every chunk of a manifest was found: the error of the first that was not, or NotFoundError."""
+    lost = [digest for digest in decode_manifest(row.body).chunks if digest not in found]
+    if lost:
+        raise (errors or {}).get(lost[0]) or NotFoundError(
+            f"{len(lost)} chunks of {row.ref} are stored nowhere", hint="run 'holdfast verify'"
+        )
 
 
 def join(row: ContextRow, chunks: Mapping[Digest, bytes]) -> ContextRow:

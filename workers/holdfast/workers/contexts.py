@@ -22,13 +22,12 @@ from holdfast.schemas.errors import (
     HoldfastError,
     InputError,
     IntegrityError,
-    NotFoundError,
     TooLargeError,
     UnavailableError,
 )
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.rows import ContextRow
-from holdfast.streams.codec import decode_manifest, join
+from holdfast.streams.codec import decode_manifest, join, require_chunks
 
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
@@ -246,11 +245,7 @@ class ContextReader:
             )
         parts = decode_manifest(row.body).chunks
         chunks, errors = await self.get_stored_many(namespace, parts)
-        lost = [part for part in parts if part not in chunks]
-        if lost:
-            raise errors.get(lost[0]) or NotFoundError(
-                f"{len(lost)} chunks of {row.ref} are stored nowhere", hint="run 'holdfast verify'"
-            )
+        require_chunks(row, chunks, errors)
         bodies = {digest: chunk.row.body for digest, chunk in chunks.items()}
         return Found(await asyncio.to_thread(join, row, bodies), item.tier)
 
