@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 import holdfast.client
@@ -12,10 +13,12 @@ from holdfast.schemas import errors
 from holdfast.schemas.errors import (
     ConfigurationError,
     DriftError,
+    EncryptionKeyError,
     HoldfastError,
     InputError,
     IntegrityError,
     RetryError,
+    VersionConflictError,
 )
 from holdfast.streams.service import ErrorBody
 
@@ -69,6 +72,16 @@ def test_every_code_comes_back_as_its_class(error: type[HoldfastError]) -> None:
     again = error_of(ErrorBody(code=error.code, message="m", field="f", limit=1, hint="h"))
     assert type(again) is error
     assert (again.message, again.field, again.limit, again.hint) == ("m", "f", 1, "h")
+
+
+def test_what_an_error_carries_travels_with_it() -> None:
+    conflict = VersionConflictError("m", key="a.b", expected=3, actual=5, hint="h")
+    again = error_of(msgspec.json.decode(msgspec.json.encode(ErrorBody.of(conflict)), type=ErrorBody))
+    assert isinstance(again, VersionConflictError)
+    assert (again.key, again.expected, again.actual, again.hint) == ("a.b", 3, 5, "h")
+    lost = error_of(ErrorBody.of(EncryptionKeyError("m", key_id="k1")))
+    assert isinstance(lost, EncryptionKeyError)
+    assert lost.key_id == "k1"
 
 
 def test_what_the_client_can_raise_is_exported_by_it() -> None:

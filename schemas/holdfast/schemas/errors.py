@@ -12,11 +12,13 @@
     │   │   ├── InvalidRefError       not a well-formed reference
     │   │   └── InvalidBodyError      a body that cannot be encoded or decoded
     │   ├── TooLargeError         over a stated limit
-    │   └── NotFoundError         nothing is stored under that name
+    │   ├── NotFoundError         nothing is stored under that name
+    │   └── VersionConflictError  a named context has another version than the one expected: read it and decide anew
     ├── ConfigurationError    mend the set-up: settings, server, streams, data directory
     │   ├── DriftError            a stream on the server differs from its declaration
     │   ├── DurabilityError       the server does not sync as the durability mode promises
-    │   └── DataDirectoryError    the data directory is in use, foreign or not writable
+    │   ├── DataDirectoryError    the data directory is in use, foreign or not writable
+    │   └── EncryptionKeyError    the key that a body is encrypted with, or is to be, is not at hand
     └── IntegrityError        stored data is damaged or contradicts itself; nothing wrong was served
         ├── DigestMismatchError   bytes do not hash to the reference that names them
         ├── GapError              messages are missing from a stream that nothing of ours removed
@@ -41,6 +43,8 @@ class HoldfastError(Exception):
 
     code: ClassVar[str] = "error"
     status: ClassVar[int] = 500
+    details: ClassVar[tuple[str, ...]] = ()
+    """Attributes that travel with the error over request-reply; the constructor takes them by keyword."""
 
     def __init__(
         self,
@@ -129,6 +133,33 @@ class NotFoundError(InputError):
     status = 404
 
 
+class VersionConflictError(InputError):
+    """A named context has another version than the caller expected; nothing was written.
+
+    ``key`` names it; ``expected`` and ``actual`` are the versions, 0 standing for "there is none".
+    """
+
+    code = "version_conflict"
+    status = 409
+    details = ("key", "expected", "actual")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: str = "",
+        expected: int = 0,
+        actual: int = 0,
+        hint: str | None = None,
+        field: str | None = "expected_version",
+        limit: int | str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, field=field, limit=limit)
+        self.key = key
+        self.expected = expected
+        self.actual = actual
+
+
 class ConfigurationError(HoldfastError):
     """The set-up must change before the call can succeed."""
 
@@ -159,6 +190,28 @@ class DataDirectoryError(ConfigurationError):
     """The data directory is in use by another process, is not ours, or cannot be written."""
 
     code = "data_directory"
+
+
+class EncryptionKeyError(ConfigurationError):
+    """The key that a body is encrypted with, or is to be encrypted with, is not at hand, or is not the right one.
+
+    ``key_id`` names the key; None when no key is configured at all.
+    """
+
+    code = "encryption_key"
+    details = ("key_id",)
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        key_id: str | None = None,
+        hint: str | None = None,
+        field: str | None = "key_id",
+        limit: int | str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, field=field, limit=limit)
+        self.key_id = key_id
 
 
 class IntegrityError(HoldfastError):

@@ -18,6 +18,12 @@ CHUNK_BYTES: Final = 512 * KIB
 """Bodies over this are stored as chunks: half of the server's default ``max_payload`` of 1 MiB, so that a
 chunk with its headers, or two in flight, always fit."""
 
+MANIFEST_CHUNKS: Final = 4_096
+"""Most chunks of one body: what one reading of it may ask for."""
+
+TAIL_CHARS: Final = 4_096
+"""Longest text that a manifest holds itself, behind its last chunk."""
+
 COMPRESS_OVER_BYTES: Final = 1 * KIB
 """Bodies over this are stored compressed when that is smaller; below it zstd rarely wins."""
 
@@ -42,6 +48,18 @@ NAMESPACE_BYTES: Final = 64
 
 NAME_SEGMENTS: Final = 16
 """Most segments (``a:b:c``) of an event name: each is a token of its subject."""
+
+KEY_BYTES: Final = 768
+"""Longest key of a named context, in UTF-8 bytes; its subject stays below the server's control line of 4 KiB."""
+
+KEY_SEGMENTS: Final = 32
+"""Most segments (``a.b.c``) of a key: each is a token of its subject."""
+
+COMMIT_KEYS: Final = 500
+"""Most keys of one commit: it is one atomic batch."""
+
+TTL_S: Final = 10 * 365 * 86_400
+"""Longest time to live of a key, in seconds."""
 
 KIND_CHARS: Final = 64
 """Longest kind."""

@@ -109,6 +109,22 @@ def check_event_name(name: object) -> str:
     return text
 
 
+def check_key(key: object) -> str:
+    """Returns ``key``, the name of a named context, when it is text of 1 to 768 UTF-8 bytes in at most 32 segments.
+
+    Dots part the segments; prefixes of keys are looked up by them.
+    """
+    text = _check(key, "key", limits.KEY_BYTES)
+    segments = text.count(".") + 1
+    if segments > limits.KEY_SEGMENTS:
+        raise InvalidNameError(
+            f"key {text[:80]!r} has {segments} segments, the limit is {limits.KEY_SEGMENTS}",
+            field="key",
+            limit=limits.KEY_SEGMENTS,
+        )
+    return text
+
+
 def check_kind(kind: object) -> str:
     """Returns ``kind`` when it is 1 to 64 of ``[A-Za-z0-9_-]``: it is part of the reference, which people read.
 

@@ -16,6 +16,7 @@ from holdfast.schemas.errors import (
     ConfigurationError,
     ConflictError,
     DigestMismatchError,
+    EncryptionKeyError,
     GapError,
     HoldfastError,
     InputError,
@@ -29,6 +30,7 @@ from holdfast.schemas.errors import (
     TooLargeError,
     UnavailableError,
     UnknownOutcomeError,
+    VersionConflictError,
 )
 from holdfast.schemas.ids import EventId
 from holdfast.schemas.refs import Ref
@@ -38,6 +40,7 @@ __all__ = [
     "ConflictError",
     "Context",
     "DigestMismatchError",
+    "EncryptionKeyError",
     "Event",
     "EventId",
     "GapError",
@@ -57,5 +60,6 @@ __all__ = [
     "TooLargeError",
     "UnavailableError",
     "UnknownOutcomeError",
+    "VersionConflictError",
     "connect",
 ]

@@ -133,7 +133,8 @@ class ResolverClient:
 def error_of(body: ErrorBody) -> HoldfastError:
     """Returns the error that an error reply describes, of the class whose code it names."""
     chosen = _BY_CODE.get(body.code, HoldfastError)
-    return chosen(body.message, hint=body.hint, field=body.field, limit=body.limit)
+    details = {name: body.details[name] for name in chosen.details if name in body.details}
+    return chosen(body.message, hint=body.hint, field=body.field, limit=body.limit, **details)
 
 
 def _refusal(message: Msg) -> HoldfastError:
@@ -171,7 +172,7 @@ def _by_code() -> dict[str, type[HoldfastError]]:
         current = pending.pop()
         pending.extend(current.__subclasses__())
         # DriftError takes differences, which do not travel; it is never a reply.
-        if current.__init__ is HoldfastError.__init__:
+        if current.__init__ is HoldfastError.__init__ or current.details:
             classes.setdefault(current.code, current)
     return classes
 

@@ -12,7 +12,9 @@ Hf-V        format version, when it is not 1                1
 ==========  ==============================================  ==================================
 
 A manifest's payload is JSON ``{"v": 1, "size": bytes, "chunks": [digest, …]}``; its key is the digest of the whole
-body.  A chunk is stored under the digest of kind ``chunk`` over its own bytes.
+body, which is the chunks' bytes in order.  Version 1 has chunks of 512 KiB, all but the last.  Version 2 has chunks of
+any size, shared with the manifests of other bodies (``holdfast.streams.sharing``), and ``"tail"``: text that follows
+the last chunk.  A chunk is stored under the digest of kind ``chunk`` over its own bytes.
 """
 
 from __future__ import annotations
@@ -46,16 +48,19 @@ else:
     from backports import zstd
 
 FORMAT_VERSION: Final = "1"
+SHARED_VERSION: Final = 2
+"""The version of a manifest whose chunks other bodies share."""
 _ZSTD: Final = "zstd"
 _LEVEL: Final = 3
 _LOCAL: Final = threading.local()
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a chunked body consists of, in order."""
+    """What a chunked body consists of, in order: the bytes of its chunks, then ``tail`` in UTF-8 (version 2)."""
 
     size: int
     chunks: list[Digest]
+    tail: str | msgspec.UnsetType = msgspec.UNSET
     v: int = 1
 
 
@@ -174,16 +179,23 @@ def decode_manifest(body: bytes) -> Manifest:
         manifest = _MANIFEST.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidBodyError(f"manifest does not decode: {error}", field="body") from error
-    expected = -(-manifest.size // limits.CHUNK_BYTES)
     if manifest.size > limits.BODY_BYTES:
         raise TooLargeError(
             f"manifest promises {manifest.size} bytes, the limit is {limits.BODY_BYTES}",
             field="size",
             limit=limits.BODY_BYTES,
         )
-    if manifest.v != 1 or len(manifest.chunks) != expected or not all(map(is_digest, manifest.chunks)):
-        raise InvalidBodyError("manifest is not of the form size, chunks", field="body")
+    if not (_has_form(manifest) and all(map(is_digest, manifest.chunks))):
+        raise InvalidBodyError("manifest is not of the form size, chunks, tail", field="body")
     return manifest
+
+
+def _has_form(manifest: Manifest) -> bool:
+    count = len(manifest.chunks)
+    tail = manifest.tail or ""
+    if manifest.v == 1:
+        return count == -(-manifest.size // limits.CHUNK_BYTES) and not tail
+    return manifest.v == SHARED_VERSION and 1 <= count <= limits.MANIFEST_CHUNKS and len(tail) <= limits.TAIL_CHARS
 
 
 def require_chunks(
@@ -202,17 +214,27 @@ def join(row: ContextRow, chunks: Mapping[Digest, bytes]) -> ContextRow:
 
     Raises DigestMismatchError when the chunks do not make the body that the digest names.
     """
-    body = b"".join(chunks[digest] for digest in decode_manifest(row.body).chunks)
+    manifest = decode_manifest(row.body)
+    tail = (manifest.tail or "").encode()
+    size = sum(len(chunks[digest]) for digest in manifest.chunks) + len(tail)
+    # Before they are joined: a forged manifest may name one chunk four thousand times.
+    if size != manifest.size:
+        raise _unlike(row, f"are {size} bytes, not {manifest.size}")
+    body = b"".join([*(chunks[digest] for digest in manifest.chunks), tail])
     actual = compute_digest(
         row.namespace, row.kind, body, content_type=row.content_type, expires_at_ms=row.expires_at_ms
     )
     if actual != row.digest:
-        raise DigestMismatchError(
-            f"the chunks of {row.ref} hash to {actual}",
-            field="body",
-            hint="run 'holdfast verify'; the damaged copy was not served",
-        )
-    return msgspec.structs.replace(row, body=body, size=len(body), form="plain")
+        raise _unlike(row, f"hash to {actual}")
+    return msgspec.structs.replace(row, body=body, size=size, form="plain")
+
+
+def _unlike(row: ContextRow, what: str) -> DigestMismatchError:
+    return DigestMismatchError(
+        f"the chunks of {row.ref} {what}",
+        field="body",
+        hint="run 'holdfast verify'; the damaged copy was not served",
+    )
 
 
 def _compressor() -> zstd.ZstdCompressor:

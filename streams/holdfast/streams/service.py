@@ -47,6 +47,19 @@ class ErrorBody(msgspec.Struct, omit_defaults=True, frozen=True):
     field: str | None = None
     limit: int | str | None = None
     hint: str | None = None
+    details: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, error: HoldfastError) -> ErrorBody:
+        """Returns what to tell of an error."""
+        return cls(
+            code=error.code,
+            message=error.message,
+            field=error.field,
+            limit=error.limit,
+            hint=error.hint,
+            details={name: getattr(error, name) for name in error.details},
+        )
 
 
 class ErrorReply(msgspec.Struct, frozen=True):
@@ -174,9 +187,7 @@ def _namespace(subject: str, position: int) -> str:
 
 
 async def _refuse(request: Request, error: HoldfastError) -> None:
-    body = ErrorReply(
-        ErrorBody(code=error.code, message=error.message, field=error.field, limit=error.limit, hint=error.hint)
-    )
+    body = ErrorReply(ErrorBody.of(error))
     description = str(error).encode("ascii", "backslashreplace").decode()[:500]
     try:
         await request.respond_error(str(error.status), description, msgspec.json.encode(body))

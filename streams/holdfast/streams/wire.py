@@ -22,6 +22,7 @@ from holdfast.schemas.names import (
     MARKER,
     check_agent,
     check_event_name,
+    check_key,
     check_namespace,
     decode_token,
     encode_token,
@@ -88,6 +89,21 @@ def event_subject(namespace: str, agent: str, name: str) -> str:
     """Returns the subject of an event; raises InvalidNameError for a name that may not be."""
     segments = ".".join(encode_token(segment) for segment in check_event_name(name).split(":"))
     return f"ctx.{encode_token(check_namespace(namespace))}.event.{encode_token(check_agent(agent))}.{segments}"
+
+
+def key_subject(namespace: str, key: str) -> str:
+    """Returns the subject of a named context; raises InvalidNameError for a key that may not be."""
+    segments = ".".join(encode_token(segment) for segment in check_key(key).split("."))
+    return f"{KEYS_PREFIX}{encode_token(namespace)}.{segments}"
+
+
+def key_filter(namespace: str, prefix: str) -> str:
+    """Returns a wildcard subject that takes in every key beginning with ``prefix``, and maybe others.
+
+    Only whole segments narrow it: what stands behind the prefix's last dot is the reader's to compare.
+    """
+    segments = [encode_token(segment) for segment in prefix.split(".")[:-1]]
+    return ".".join([f"{KEYS_PREFIX}{encode_token(namespace)}", *segments, ">"])
 
 
 def message_id(namespace: str, identity: str) -> str:

@@ -144,7 +144,7 @@ class Resolver:
                 found, failed = await self._read(call.namespace, window, request.fields)
             digest = digests[ref]
             if digest in failed:
-                errors[ref] = _body_of(failed[digest])
+                errors[ref] = ErrorBody.of(failed[digest])
                 size += len(msgspec.json.encode(errors[ref]))
                 continue
             item = _live(found.get(digest), ref)
@@ -153,7 +153,7 @@ class Resolver:
                 continue
             encoded = msgspec.json.encode(choose_fields(context_reply(item.row, item.tier), request.fields))
             if len(encoded) > limits.REPLY_BYTES:
-                errors[ref] = _body_of(_too_large(len(encoded)))
+                errors[ref] = ErrorBody.of(_too_large(len(encoded)))
                 continue
             size += len(encoded)
             # References come on top: at most 1,000 of 102 bytes, for which a payload of 1 MiB has room.  The first one
@@ -250,7 +250,7 @@ class Resolver:
                 for (digest, item), (headers, payload) in zip(found.items(), sealed, strict=True):
                     await call.reply(payload, {**headers, H_DIGEST: digest, H_CREATED: str(item.row.stored_at_ms)})
             sent += len(found)
-            failed |= {digest: _body_of(error) for digest, error in errors.items()}
+            failed |= {digest: ErrorBody.of(error) for digest, error in errors.items()}
         await call.reply(msgspec.json.encode(FetchEnd(sent=sent, failed=failed)), {H_END: "1"})
 
     async def _read(
@@ -364,7 +364,3 @@ def _too_large(size: int) -> TooLargeError:
         limit=limits.REPLY_BYTES,
         hint="resolve it with the SDK, which fetches a large body in parts",
     )
-
-
-def _body_of(error: HoldfastError) -> ErrorBody:
-    return ErrorBody(code=error.code, message=error.message, field=error.field, limit=error.limit, hint=error.hint)
