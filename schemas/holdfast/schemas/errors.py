@@ -141,7 +141,7 @@ class VersionConflictError(InputError):
 
     code = "version_conflict"
     status = 409
-    details = ("key", "expected", "actual")
+    details: ClassVar[tuple[str, ...]] = ("key", "expected", "actual")
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class EncryptionKeyError(ConfigurationError):
     """
 
     code = "encryption_key"
-    details = ("key_id",)
+    details: ClassVar[tuple[str, ...]] = ("key_id",)
 
     def __init__(
         self,
