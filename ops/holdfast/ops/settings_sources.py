@@ -16,8 +16,16 @@ CONFIG_FILE: Final = "holdfast.toml"
 CONFIG_VARIABLE: Final = "HOLDFAST_CONFIG"
 ENV_PREFIX: Final = "HOLDFAST_"
 
-# HOLDFAST_ names that are not settings: where settings are, failpoints, tracebacks, and those of the test suite.
-_RESERVED: Final = (CONFIG_VARIABLE, "HOLDFAST_FAILPOINTS", "HOLDFAST_DEBUG", "HOLDFAST_TRACES")
+# HOLDFAST_ names that are not settings: where settings are, failpoints, tracebacks, keys of encryption (the SDK reads
+# them, and they are nothing to show), and those of the test suite.
+_RESERVED: Final = (
+    CONFIG_VARIABLE,
+    "HOLDFAST_FAILPOINTS",
+    "HOLDFAST_DEBUG",
+    "HOLDFAST_TRACES",
+    "HOLDFAST_KEYS",
+    "HOLDFAST_KEYS_FILE",
+)
 _TEST_PREFIX: Final = "HOLDFAST_TEST_"
 
 

@@ -48,10 +48,15 @@ def derived_event_id(namespace: str, *source: str) -> EventId:
     return EventId(str(uuid.UUID(int=value)))
 
 
+def is_canonical_uuid(text: str) -> bool:
+    """Whether ``text`` is a UUID in its usual text form, in lower case."""
+    return _CANONICAL_UUID.match(text) is not None
+
+
 def normal_event_id(namespace: str, source_id: str) -> tuple[EventId, str | None]:
     """Returns the event id of an id given by a producer, and the original when it is not a UUID itself."""
     # Only the canonical form is an id of ours, not braces, a URN or upper case, which uuid.UUID also takes.
-    if _CANONICAL_UUID.match(source_id):
+    if is_canonical_uuid(source_id):
         return EventId(source_id), None
     return derived_event_id(namespace, "source-id", source_id), source_id
 

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from holdfast.client.encryption import SEALED, key_id_of, open_sealed
 from holdfast.schemas.bodies import decode_body
+from holdfast.schemas.errors import EncryptionKeyError, InvalidBodyError
 from holdfast.schemas.ids import EventId, utc_from_ms
 from holdfast.schemas.refs import Ref
 
 if TYPE_CHECKING:
+    from holdfast.client.key_ring import KeyRing
     from holdfast.schemas.rows import ContextRow
 
 Tier = Literal["cache", "hot", "lake"]
@@ -20,10 +23,17 @@ Tier = Literal["cache", "hot", "lake"]
 
 
 class Context:
-    """A stored context, read from ``tier``.  Immutable: equal references mean equal contexts."""
+    """A stored context, read from ``tier``.  Immutable: equal references mean equal contexts.
 
-    def __init__(self, row: ContextRow, tier: Tier) -> None:
+    An encrypted one is opened with ``keys`` when ``raw``, ``body``, ``content_type`` or ``size`` is first asked for,
+    and not before: that one key of many is lost is told by the contexts it sealed.  Then each of them raises
+    EncryptionKeyError naming the key, or IntegrityError when the key of that id does not fit; asked again, they try
+    again.  Opening megabytes takes a while: ``await asyncio.to_thread(lambda: context.raw)`` keeps the loop free.
+    """
+
+    def __init__(self, row: ContextRow, tier: Tier, keys: KeyRing | None = None) -> None:
         self._row = row
+        self._keys = keys
         self.tier: Tier = tier
 
     @property
@@ -44,17 +54,38 @@ class Context:
     @property
     def content_type(self) -> str:
         """The media type of ``raw``, such as ``application/json``."""
-        return self._row.content_type
+        return self._opened[1]
 
     @property
     def raw(self) -> bytes:
-        """The exact bytes that were stored, already checked against the reference."""
-        return self._row.body
+        """The exact bytes that were put, already checked against the reference."""
+        return self._opened[0]
 
     @property
     def size(self) -> int:
         """Bytes of ``raw``, whatever form it is stored in."""
-        return self._row.size
+        return len(self._opened[0])
+
+    @property
+    def stored(self) -> tuple[bytes, str]:
+        """The bytes and the content type under the digest: ``raw`` and its own, or when encrypted the envelope and
+        the content type of envelopes.  For those who hand contexts on as they are, without the key."""
+        return self._row.body, self._row.content_type
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the body is stored encrypted."""
+        return self._row.content_type == SEALED
+
+    @property
+    def key_id(self) -> str | None:
+        """The id of the key that the body is encrypted with; None when it is not, or when its envelope is damaged."""
+        if not self.encrypted:
+            return None
+        try:
+            return key_id_of(self._row.body)
+        except InvalidBodyError:
+            return None
 
     @property
     def created_at(self) -> datetime:
@@ -75,7 +106,20 @@ class Context:
 
         Raises InvalidBodyError when ``raw`` is not what its content type says.
         """
-        return decode_body(self._row.body, self._row.content_type)
+        return decode_body(*self._opened)
+
+    def decode(self) -> Any:
+        """Returns ``body`` decoded anew: an object of the caller's own."""
+        return decode_body(*self._opened)
+
+    @cached_property
+    def _opened(self) -> tuple[bytes, str]:
+        row = self._row
+        if not self.encrypted:
+            return row.body, row.content_type
+        if self._keys is None:
+            raise EncryptionKeyError(f"{row.ref} is encrypted and no key ring is at hand", key_id=self.key_id)
+        return open_sealed(self._keys, row.namespace, row.kind, row.body, row.expires_at_ms, what=row.ref)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Context) and other.ref == self.ref and other.namespace == self.namespace
@@ -84,7 +128,9 @@ class Context:
         return hash((self.namespace, self.ref))
 
     def __repr__(self) -> str:
-        return f"Context({self.ref}, {self.size} bytes, {self.tier})"
+        # Never by opening it: a repr does not raise, and has nothing of the plaintext in it.
+        sealed = f" sealed with {self.key_id}" if self.encrypted else ""
+        return f"Context({self.ref}, {self._row.size} bytes{sealed}, {self.tier})"
 
 
 class Resolved(msgspec.Struct, frozen=True):

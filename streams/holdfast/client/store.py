@@ -11,20 +11,27 @@ from typing import Any, Final
 import msgspec
 
 from holdfast.client.cold import ResolverClient
-from holdfast.client.model import Context, Event, Resolved, Tier
+from holdfast.client.encryption import seal_contexts
+from holdfast.client.growing import GrowingBodies
+from holdfast.client.key_cold import RemoteColdKeys
+from holdfast.client.key_ring import KeyRing
+from holdfast.client.keys import Keys
+from holdfast.client.model import Context, Event, Resolved
 from holdfast.client.near_cache import DEFAULT_BYTES, NearCache
+from holdfast.client.reading import BodyReader
 from holdfast.schemas.bodies import Body, encode_body
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, InvalidRefError, NotFoundError
 from holdfast.schemas.ids import EventId, ms_from_utc, new_event_id, normal_event_id, now_ms, utc_from_ms
 from holdfast.schemas.names import check_agent, check_kind, check_namespace
 from holdfast.schemas.refs import Digest, Ref, parse_ref
 from holdfast.schemas.rows import ContextRow
-from holdfast.streams.codec import decode_manifest, join, require_chunks
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.connection_target import ConnectionTarget
 from holdfast.streams.discovery import require_connection
 from holdfast.streams.events import EventLog, NewEvent, check_id_text
 from holdfast.streams.hot import HotTier, NewContext
+from holdfast.streams.key_log import KeyLog
+from holdfast.streams.server_clock import ServerClock
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import HOT_STREAM
 
@@ -39,12 +46,14 @@ async def connect(
     agent: str = "agent",
     *,
     cache_bytes: int = DEFAULT_BYTES,
+    key_ring: KeyRing | None = None,
 ) -> AsyncGenerator[Holdfast]:
     """Connects to Holdfast and yields the client while the block lasts.
 
     ``url``: the NATS server; None takes ``HOLDFAST_NATS_URL``, ``NATS_URL`` or a NATS context from the environment,
     else the local server that ``holdfast up`` runs.  ``namespace`` keeps apart what belongs apart; ``agent`` signs
-    the events.  ``cache_bytes`` bounds the near cache; 0 turns it off.
+    the events.  ``cache_bytes`` bounds the near cache; 0 turns it off.  ``key_ring`` encrypts and opens bodies; None
+    takes that of the environment when it is first needed.
 
     Leaving the block waits until every write handed in has its outcome.  Raises UnavailableError when no server
     answers, GapError when it has no Holdfast streams yet, InvalidNameError for a bad name.
@@ -54,7 +63,9 @@ async def connect(
     target = url if isinstance(url, ConnectionTarget) else require_connection(url=url)
     async with open_connection(target, name=f"holdfast-{agent.encode('ascii', 'replace').decode()[:40]}") as connection:
         info = await stream_info(connection, HOT_STREAM)
-        client = Holdfast(connection, namespace, agent, replicas=info.replicas, cache_bytes=cache_bytes)
+        client = Holdfast(
+            connection, namespace, agent, replicas=info.replicas, cache_bytes=cache_bytes, key_ring=key_ring
+        )
         try:
             yield client
         finally:
@@ -76,14 +87,27 @@ class Holdfast:
         *,
         replicas: int = 1,
         cache_bytes: int = DEFAULT_BYTES,
+        key_ring: KeyRing | None = None,
     ) -> None:
         self.connection = connection
         self.namespace = namespace
         self.agent = agent
         self.cache = NearCache(cache_bytes)
+        self.key_ring = KeyRing.from_environment() if key_ring is None else key_ring
         self._hot = HotTier(connection, replicas=replicas)
         self._events = EventLog(connection)
         self._resolver = ResolverClient(connection, namespace)
+        self._reader = BodyReader(self._hot, self._resolver, namespace)
+        self.keys = Keys(
+            connection,
+            namespace,
+            agent,
+            log=KeyLog(connection, replicas=replicas),
+            bodies=GrowingBodies(namespace, self._hot, self._reader, self.cache),
+            cold=RemoteColdKeys(self._resolver, namespace),
+            clock=ServerClock(connection),
+            ring=self.key_ring,
+        )
 
     async def put(
         self,
@@ -92,15 +116,18 @@ class Holdfast:
         kind: str = DEFAULT_KIND,
         content_type: str | None = None,
         expires_at: datetime | None = None,
+        encrypt: bool = False,
     ) -> Ref:
         """Stores a context and returns its reference; an equal context is stored once, with one reference.
 
         ``body``: text, bytes, or what JSON can hold; ``content_type`` is chosen by its type unless given.
-        ``expires_at`` is part of the context's identity: after it the reference resolves to nothing.  Raises
-        InputError for a body, kind or time that cannot be stored, UnknownOutcomeError when no acknowledgement came.
+        ``expires_at`` is part of the context's identity: after it the reference resolves to nothing.  ``encrypt``
+        seals the body before it leaves this process, each time anew: equal bodies get different references.  Raises
+        InputError for a body, kind or time that cannot be stored, UnknownOutcomeError when no acknowledgement came,
+        EncryptionKeyError when there is no key.
         """
         context = self._new_context(body, kind, content_type, expires_at)
-        return (await self._store([context]))[0]
+        return (await self._store([context], encrypt))[0]
 
     async def put_many(
         self,
@@ -109,13 +136,14 @@ class Holdfast:
         kind: str = DEFAULT_KIND,
         content_type: str | None = None,
         expires_at: datetime | None = None,
+        encrypt: bool = False,
     ) -> list[Ref]:
         """Stores many contexts of one kind and returns their references in order.
 
         They are sent in atomic batches; each context is stored or not by itself, and all of them before this returns.
         Errors as of :meth:`put`; a body that cannot be encoded raises before anything is sent.
         """
-        return await self._store([self._new_context(body, kind, content_type, expires_at) for body in bodies])
+        return await self._store([self._new_context(body, kind, content_type, expires_at) for body in bodies], encrypt)
 
     async def resolve(self, ref: str) -> Context:
         """Returns the context of a reference, from this process, the hot tier or the lake, whichever has it first.
@@ -128,7 +156,7 @@ class Holdfast:
         if ref in self.cache:
             row = self.cache.get(Ref(ref), now_ms())
             if row is not None:
-                return Context(row, "cache")
+                return Context(row, "cache", self.key_ring)
         parse_ref(ref)
         contexts, errors = await self._resolve([Ref(ref)])
         if ref in errors:
@@ -263,10 +291,13 @@ class Holdfast:
 
     async def close(self) -> None:
         """Waits until every write that was handed in has its outcome."""
+        await self.keys.close()
         await self._hot.close()
         await self._events.close()
 
-    async def _store(self, contexts: list[NewContext]) -> list[Ref]:
+    async def _store(self, contexts: list[NewContext], encrypt: bool = False) -> list[Ref]:
+        if encrypt:
+            contexts = await asyncio.to_thread(seal_contexts, self.key_ring, contexts)
         puts = await self._hot.put_many(contexts)
         now = now_ms()
         for context, put in zip(contexts, puts, strict=True):
@@ -280,10 +311,10 @@ class Holdfast:
         for ref in refs:
             row = self.cache.get(ref, now)
             if row is not None:
-                contexts[ref] = Context(row, "cache")
+                contexts[ref] = Context(row, "cache", self.key_ring)
             else:
                 by_digest.setdefault(parse_ref(ref).digest, []).append(ref)
-        rows, tiers, failed = await self._load(list(by_digest))
+        rows, tiers, failed = await self._reader.load(list(by_digest))
         errors: dict[Ref, HoldfastError] = {}
         for digest, asked in by_digest.items():
             for ref in asked:
@@ -294,65 +325,9 @@ class Holdfast:
                 # The kind is under the digest too: a reference that names another kind names nothing.
                 if row is None or row.ref != ref or _is_expired(row, now):
                     continue
-                contexts[ref] = Context(row, tiers[digest])
+                contexts[ref] = Context(row, tiers[digest], self.key_ring)
                 self.cache.add(ref, row, now)
         return contexts, errors
-
-    async def _load(
-        self, digests: list[Digest]
-    ) -> tuple[dict[Digest, ContextRow], dict[Digest, Tier], dict[Digest, HoldfastError]]:
-        """Whole contexts by digest, hot before cold; a damaged hot copy is passed over for a sound cold one."""
-        stored, tiers, failed = await self._load_stored(digests)
-        broken = await self._join(stored)
-        again = [digest for digest in broken if tiers[digest] == "hot"]
-        if again:
-            # A manifest shows only when it is put together that it is none of its digest.
-            cold, _ = await self._resolver.fetch(again, cold=True)
-            still_broken = await self._join(cold)
-            stored |= cold
-            tiers |= dict.fromkeys(cold, "lake")
-            broken = {digest: error for digest, error in broken.items() if digest not in cold} | still_broken
-        return stored, tiers, failed | broken
-
-    async def _join(self, stored: dict[Digest, ContextRow]) -> dict[Digest, HoldfastError]:
-        """Puts whole contexts in the place of manifests; takes out those that cannot be, and returns their errors."""
-        manifests = [row for row in stored.values() if row.form == "manifest"]
-        if not manifests:
-            return {}
-        parts = list(dict.fromkeys(digest for row in manifests for digest in decode_manifest(row.body).chunks))
-        chunks, _, chunk_errors = await self._load_stored(parts)
-        bodies = {digest: row.body for digest, row in chunks.items()}
-        broken: dict[Digest, HoldfastError] = {}
-        for row in manifests:
-            del stored[row.digest]
-            try:
-                require_chunks(row, bodies, chunk_errors)
-                stored[row.digest] = await asyncio.to_thread(join, row, bodies)
-            except HoldfastError as error:
-                broken[row.digest] = error
-        return broken
-
-    async def _load_stored(
-        self, digests: list[Digest]
-    ) -> tuple[dict[Digest, ContextRow], dict[Digest, Tier], dict[Digest, HoldfastError]]:
-        tiers: dict[Digest, Tier] = {}
-        if len(digests) == 1:
-            # A single direct get is one message each way; a batched one is two back.
-            try:
-                row = await self._hot.get_stored(self.namespace, digests[0])
-                hot, damaged = ({} if row is None else {digests[0]: row}), {}
-            except HoldfastError as error:
-                hot, damaged = {}, {digests[0]: error}
-        else:
-            hot, damaged = await self._hot.get_stored_many(self.namespace, digests) if digests else ({}, {})
-        tiers |= dict.fromkeys(hot, "hot")
-        left = [digest for digest in digests if digest not in hot]
-        if not left:
-            return hot, tiers, {}
-        cold, failed = await self._resolver.fetch(left)
-        tiers |= dict.fromkeys(cold, "lake")
-        unserved = {digest: error for digest, error in (damaged | failed).items() if digest not in cold}
-        return hot | cold, tiers, unserved
 
     async def _context_ref(self, context: object, kind: str) -> Ref:
         if isinstance(context, str):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -40,6 +40,7 @@ from holdfast.schemas.ids import MAX_MS
 from holdfast.schemas.names import CHUNK_KIND, check_kind
 from holdfast.schemas.refs import JSON, Digest, compute_digest, is_digest
 from holdfast.schemas.rows import ContextRow, Form
+from holdfast.streams.sharing import Part, Piece, Shape
 from holdfast.streams.wire import H_ENCODING, H_EXPIRES, H_FORM, H_KIND, H_TYPE, H_VERSION
 
 if sys.version_info >= (3, 14):
@@ -51,8 +52,13 @@ FORMAT_VERSION: Final = "1"
 SHARED_VERSION: Final = 2
 """The version of a manifest whose chunks other bodies share."""
 _ZSTD: Final = "zstd"
+_ENCODING_HEADER_BYTES: Final = 16
+"""What it costs to say that a payload is compressed."""
 _LEVEL: Final = 3
 _LOCAL: Final = threading.local()
+_CHUNK_HEADERS: Final = {H_KIND: CHUNK_KIND, H_TYPE: BINARY, H_FORM: "chunk"}
+_COMPRESS_CHUNK_OVER_BYTES: Final = 200
+"""Parts of a growing body are many and small, and compressing them by a tenth is worth it."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,11 +89,7 @@ def seal(
     The fields are taken as they are, without validation.
     """
     digest = compute_digest(namespace, kind, body, content_type=content_type, expires_at_ms=expires_at_ms)
-    headers = {H_KIND: kind}
-    if content_type != JSON:
-        headers[H_TYPE] = content_type
-    if expires_at_ms is not None:
-        headers[H_EXPIRES] = str(expires_at_ms)
+    headers = _headers(kind, content_type, expires_at_ms)
     if len(body) <= limits.CHUNK_BYTES:
         return [StoredForm(digest, *_compressed(headers, body))]
     forms: list[StoredForm] = []
@@ -96,11 +98,51 @@ def seal(
         chunk = body[start : start + limits.CHUNK_BYTES]
         chunk_digest = compute_digest(namespace, CHUNK_KIND, chunk, content_type=BINARY)
         chunks.append(chunk_digest)
-        chunk_headers = {H_KIND: CHUNK_KIND, H_TYPE: BINARY, H_FORM: "chunk"}
-        forms.append(StoredForm(chunk_digest, *_compressed(chunk_headers, chunk)))
+        forms.append(StoredForm(chunk_digest, *_compressed(_CHUNK_HEADERS, chunk)))
     manifest = msgspec.json.encode(Manifest(size=len(body), chunks=chunks))
     forms.append(StoredForm(digest, headers | {H_FORM: "manifest"}, manifest))
     return forms
+
+
+def seal_shared(
+    context: tuple[str, str, str, int | None], body: bytes, pieces: Sequence[Piece]
+) -> tuple[list[StoredForm], StoredForm, Shape]:
+    """Returns the chunks that are to be stored for a body in pieces, the manifest that names all, and its shape.
+
+    ``context`` is namespace, kind, content type and expiry.  What follows the last piece is the manifest's tail, which
+    must be text.
+    """
+    namespace, kind, content_type, expires_at_ms = context
+    forms: dict[Digest, StoredForm] = {}
+    parts: list[Part] = []
+    for piece in pieces:
+        digest = piece.digest
+        if digest is None:
+            chunk = body[piece.start : piece.end]
+            digest = compute_digest(namespace, CHUNK_KIND, chunk, content_type=BINARY)
+            forms[digest] = StoredForm(digest, *_compressed(_CHUNK_HEADERS, chunk, over=_COMPRESS_CHUNK_OVER_BYTES))
+        parts.append(Part(digest, piece.size))
+    manifest = Manifest(
+        size=len(body),
+        chunks=[part.digest for part in parts],
+        tail=body[pieces[-1].end :].decode(),
+        v=SHARED_VERSION,
+    )
+    headers = _headers(kind, content_type, expires_at_ms) | {H_FORM: "manifest"}
+    payload = msgspec.json.encode(manifest)
+    digest = compute_digest(namespace, kind, body, content_type=content_type, expires_at_ms=expires_at_ms)
+    # Digests are five bits a character: a list of some is stored in two thirds.
+    head = StoredForm(digest, *_compressed(headers, payload, over=_COMPRESS_CHUNK_OVER_BYTES))
+    return list(forms.values()), head, Shape(tuple(parts))
+
+
+def _headers(kind: str, content_type: str, expires_at_ms: int | None) -> dict[str, str]:
+    headers = {H_KIND: kind}
+    if content_type != JSON:
+        headers[H_TYPE] = content_type
+    if expires_at_ms is not None:
+        headers[H_EXPIRES] = str(expires_at_ms)
+    return headers
 
 
 def unseal(
@@ -159,13 +201,14 @@ def unseal(
     )
 
 
+def inflate(headers: Mapping[str, str], payload: bytes) -> bytes:
+    """Returns a payload as it was before it was compressed, if it was."""
+    return _decompressed(payload, headers.get(H_ENCODING))
+
+
 def reseal(row: ContextRow) -> tuple[dict[str, str], bytes]:
     """Returns headers and payload of a row as the hot tier would hold them: how the resolver hands on a cold one."""
-    headers = {H_KIND: row.kind}
-    if row.content_type != JSON:
-        headers[H_TYPE] = row.content_type
-    if row.expires_at_ms is not None:
-        headers[H_EXPIRES] = str(row.expires_at_ms)
+    headers = _headers(row.kind, row.content_type, row.expires_at_ms)
     if row.form == "manifest":
         return headers | {H_FORM: "manifest"}, row.body
     if row.form == "chunk":
@@ -245,10 +288,12 @@ def _compressor() -> zstd.ZstdCompressor:
     return compressor
 
 
-def _compressed(headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
-    if len(body) > limits.COMPRESS_OVER_BYTES:
+def _compressed(
+    headers: dict[str, str], body: bytes, *, over: int = limits.COMPRESS_OVER_BYTES
+) -> tuple[dict[str, str], bytes]:
+    if len(body) > over:
         frame = _compressor().compress(body, zstd.ZstdCompressor.FLUSH_FRAME)
-        if len(frame) < len(body):
+        if len(frame) + _ENCODING_HEADER_BYTES < len(body):
             return headers | {H_ENCODING: _ZSTD}, frame
     return headers, body
 

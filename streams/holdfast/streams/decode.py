@@ -23,7 +23,7 @@ from msgspec import Meta
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import check_json
 from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, TooLargeError
-from holdfast.schemas.ids import MAX_MS, derived_event_id, ms_from_utc, normal_event_id
+from holdfast.schemas.ids import MAX_MS, derived_event_id, is_canonical_uuid, ms_from_utc, normal_event_id
 from holdfast.schemas.names import check_kind
 from holdfast.schemas.refs import Ref, compute_digest, format_ref, parse_ref
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Op, Row, Table
@@ -81,7 +81,12 @@ _Milliseconds = Annotated[int, Meta(ge=0, le=MAX_MS)]
 
 
 class KeyVersionBody(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """A version of a named context on the wire."""
+    """A version of a named context on the wire.
+
+    ``at`` is a hint for readers, and no part of the version: where the parts of its body stood in the hot tier when it
+    was written, in order, as the highest sequence and then, for each part, how far it is below that.  The time is left
+    out when ``event_id`` says it.
+    """
 
     version: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     op: Op
@@ -92,13 +97,14 @@ class KeyVersionBody(msgspec.Struct, omit_defaults=True, kw_only=True):
     tags: Annotated[tuple[_Label, ...], Meta(max_length=limits.TAGS)] = ()
     session_id: _Label | None = None
     agent_id: _Label | None = None
-    timestamp_ms: _Milliseconds = 0
+    timestamp_ms: _Milliseconds | None = None
     expires_at_ms: _Milliseconds | None = None
     source: _Label | None = None
     confidence: float | None = None
     proposed_by: _Label | None = None
     approved_by: _Label | None = None
     approved_at_ms: _Milliseconds | None = None
+    at: tuple[int, ...] = ()
     v: Literal[1] = 1
 
 
@@ -172,6 +178,11 @@ def decode_event(message: StoredMessage) -> DecodedEvent:
 
 def decode_key_version(message: StoredMessage) -> KeyVersionRow:
     """Returns the version of a named context that a message holds; raises a typed error when it is none."""
+    return decode_key_head(message)[0]
+
+
+def decode_key_head(message: StoredMessage) -> tuple[KeyVersionRow, tuple[int, ...]]:
+    """Returns a version, as :func:`decode_key_version`, and its hint where the parts of its body stand."""
     namespace, key = parse_key_subject(message.subject)
     check_json(message.payload, field="key version")
     try:
@@ -182,12 +193,12 @@ def decode_key_version(message: StoredMessage) -> KeyVersionRow:
     if body.ref is not None:
         parse_ref(body.ref)
         ref = Ref(body.ref)
-    return KeyVersionRow(
+    row = KeyVersionRow(
         namespace=namespace,
         key=key,
         version=body.version,
         op=body.op,
-        timestamp_ms=body.timestamp_ms or message.stored_at_ms,
+        timestamp_ms=_version_time(body, message.stored_at_ms),
         stored_at_ms=message.stored_at_ms,
         epoch=message.epoch,
         seq=message.seq,
@@ -205,6 +216,45 @@ def decode_key_version(message: StoredMessage) -> KeyVersionRow:
         approved_by=body.approved_by,
         approved_at_ms=body.approved_at_ms,
     )
+    return row, body.at
+
+
+def encode_key_version(row: KeyVersionRow, at: tuple[int, ...] = ()) -> bytes:
+    """Returns the payload of a version's message: what its subject says, and what can be derived, is left out."""
+    of_id = None if row.event_id is None else _time_of(row.event_id)
+    return msgspec.json.encode(
+        KeyVersionBody(
+            version=row.version,
+            op=row.op,
+            ref=row.ref,
+            event_id=row.event_id,
+            changed_by=row.changed_by,
+            change_type=row.change_type,
+            tags=row.tags,
+            session_id=row.session_id,
+            agent_id=row.agent_id,
+            timestamp_ms=None if row.timestamp_ms == of_id else row.timestamp_ms,
+            expires_at_ms=row.expires_at_ms,
+            source=row.source,
+            confidence=row.confidence,
+            proposed_by=row.proposed_by,
+            approved_by=row.approved_by,
+            approved_at_ms=row.approved_at_ms,
+            at=at,
+        )
+    )
+
+
+def _version_time(body: KeyVersionBody, stored_at_ms: int) -> int:
+    if body.timestamp_ms is not None:
+        return body.timestamp_ms
+    of_id = None if body.event_id is None else _time_of(body.event_id)
+    return stored_at_ms if of_id is None else of_id
+
+
+def _time_of(event_id: str) -> int | None:
+    """As :func:`_time_in`, of any text."""
+    return _time_in(event_id) if is_canonical_uuid(event_id) else None
 
 
 class _Members:
@@ -348,8 +398,10 @@ __all__ = [
     "KeyVersionBody",
     "decode_context",
     "decode_event",
+    "decode_key_head",
     "decode_key_version",
     "decode_row",
+    "encode_key_version",
     "is_traceparent",
     "timestamps_agree",
 ]

@@ -13,7 +13,7 @@ from holdfast.schemas import limits
 from holdfast.schemas.errors import ConflictError, HoldfastError, IntegrityError, RetryError, UnavailableError
 from holdfast.schemas.refs import JSON, Digest, Ref, format_ref
 from holdfast.streams.arrivals import next_of
-from holdfast.streams.codec import StoredForm, decode_manifest, join, seal, unseal
+from holdfast.streams.codec import StoredForm, decode_manifest, inflate, join, seal, unseal
 from holdfast.streams.committer import Committer, Settled
 from holdfast.streams.connection import ApiError, Connection, Msg
 from holdfast.streams.messages import parse_time_ms
@@ -96,6 +96,24 @@ class HotTier:
                 for context, forms, outcome in zip(window, sealed, settled, strict=True)
             )
         return puts
+
+    async def store_forms(self, namespace: str, forms: Sequence[StoredForm]) -> list[Settled]:
+        """Stores prepared messages durably and returns their outcomes in order.  Chunks come before their manifest."""
+        return await self._committer.store_many([_outgoing(namespace, form) for form in forms])
+
+    async def get_at(self, namespace: str, seqs: Iterable[int]) -> dict[Digest, ContextRow]:
+        """Returns what stands at these sequences, as it is stored, by digest: what is not of this namespace, or no
+        context, is left out.  For readers who were told where to look, and look elsewhere for what is not there."""
+        wanted = list(seqs)
+        requests = [
+            await self._connection.lean.send(f"$JS.API.DIRECT.GET.{HOT_STREAM}", b'{"seq":%d}' % seq) for seq in wanted
+        ]
+        outcomes = await asyncio.gather(*requests, return_exceptions=True)
+        messages = [outcome for outcome in outcomes if isinstance(outcome, Msg) and _status(outcome) is None]
+        prefix = hot_subject(namespace, "")
+        own = [message for message in messages if _header(message, H_SUBJECT).startswith(prefix)]
+        rows = await _rows(namespace, own)
+        return {digest: row for digest, row in rows if not isinstance(row, HoldfastError)}
 
     async def get(self, namespace: str, digest: str) -> ContextRow | None:
         """Returns the whole context, checked against its digest, or None when the hot tier does not hold it."""
@@ -190,7 +208,7 @@ class HotTier:
     async def _verify(self, messages: Sequence[Outgoing]) -> dict[str, Settled | HoldfastError]:
         """Tells of subjects that are taken whether they hold what was to be stored (equal digest, intact)."""
         outcomes: dict[str, Settled | HoldfastError] = {}
-        intended = {message.subject: message.payload for message in messages}
+        intended = {message.subject: message for message in messages}
         for start in range(0, len(messages), _MULTI_GET):
             subjects = [message.subject for message in messages[start : start + _MULTI_GET]]
             for message in await self._multi_last(subjects):
@@ -198,7 +216,9 @@ class HotTier:
                 namespace, digest = parse_hot_subject(subject)
                 try:
                     row = _row(namespace, digest, message)
-                    if row.form == "manifest" and row.body != intended[subject]:
+                    if row.form == "manifest" and row.body != inflate(
+                        intended[subject].headers, intended[subject].payload
+                    ):
                         await self._check_foreign_manifest(row)
                     outcomes[subject] = Settled(row.seq, existed=True)
                 except RetryError:

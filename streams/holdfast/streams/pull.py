@@ -40,10 +40,20 @@ class StreamReader:
 
     ``next_seq`` is the sequence that the next read begins at.  ``allow_gaps``: a stream of which interior messages are
     purged by design (superseded key versions) has gaps that mean nothing.  ``passed_over`` counts the sequences without
-    a message that were passed over so.
+    a message that were passed over so.  ``filter_subject``: only messages of these subjects are read; what lies between
+    them are gaps, which must be allowed.
     """
 
-    def __init__(self, connection: Connection, stream: str, next_seq: int, *, allow_gaps: bool = False) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        stream: str,
+        next_seq: int,
+        *,
+        allow_gaps: bool = False,
+        filter_subject: str = ">",
+    ) -> None:
+        self._filter = filter_subject
         self._connection = connection
         self._stream = stream
         self.next_seq = next_seq
@@ -130,7 +140,9 @@ class StreamReader:
     async def _first_from(self, seq: int) -> int | None:
         """The sequence of the first message at or after ``seq``, or None when there is none."""
         try:
-            answer = await self._connection.api(f"STREAM.MSG.GET.{self._stream}", {"seq": seq, "next_by_subj": ">"})
+            answer = await self._connection.api(
+                f"STREAM.MSG.GET.{self._stream}", {"seq": seq, "next_by_subj": self._filter}
+            )
         except ApiError as error:
             if error.err_code != _NO_MESSAGE:
                 raise
@@ -208,6 +220,7 @@ class StreamReader:
             "name": name,
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": max(1, self.next_seq),
+            "filter_subject": self._filter,
             "ack_policy": "none",
             "replay_policy": "instant",
             "inactive_threshold": _INACTIVE_NS,

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 EPOCH_KEY: Final = "holdfast.epoch"
 EPOCH_START_KEY: Final = "holdfast.epoch-start"
 VERSION_KEY: Final = "holdfast.version"
+HEADS_ARCHIVED_KEY: Final = "holdfast.heads-archived"
+"""Set to "1" before the newest version of a key first leaves the bucket: from then on a key without a head may have
+versions in the lake."""
 LAYOUT_VERSION: Final = "1"
 
 PURGE_S: Final = 60.0
@@ -39,7 +42,8 @@ _NS: Final = 1_000_000_000
 
 class StreamInfo(msgspec.Struct, frozen=True):
     """What a stream said of itself.  ``epoch`` names this life of the stream, which began at ``epoch_start``: what
-    stands before belongs to an earlier one, and is archived."""
+    stands before belongs to an earlier one, and is archived.  ``heads_archived``: whether heads may have left it, of the
+    bucket of keys."""
 
     name: str
     epoch: str
@@ -49,6 +53,7 @@ class StreamInfo(msgspec.Struct, frozen=True):
     bytes: int
     replicas: int
     epoch_start: int = 1
+    heads_archived: bool = False
 
 
 def declarations(*, replicas: int = 1, duplicate_window_s: float = 600.0) -> dict[str, dict[str, Any]]:
@@ -251,6 +256,7 @@ def _info(answer: dict[str, Any]) -> StreamInfo:
         bytes=state["bytes"],
         replicas=answer["config"].get("num_replicas", 1),
         epoch_start=int(answer["config"].get("metadata", {}).get(EPOCH_START_KEY, "1")),
+        heads_archived=answer["config"].get("metadata", {}).get(HEADS_ARCHIVED_KEY) == "1",
     )
 
 

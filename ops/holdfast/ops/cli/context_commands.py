@@ -40,6 +40,7 @@ def register(app: typer.Typer) -> None:
             'holdfast put \'{"goal": "book a flight"}\' --kind plan',
             "holdfast put --file report.md --content-type 'text/markdown; charset=utf-8'",
             "some-agent | holdfast put - --kind completion --json",
+            "holdfast put --file secrets.json --encrypt",
         ),
     )(put)
     command(
@@ -64,6 +65,9 @@ async def put(
         str | None,
         typer.Option("--content-type", help="Its type (JSON for an object or array, else text or bytes)."),
     ] = None,
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Encrypt it with the active key of 'holdfast encryption'.")
+    ] = False,
 ) -> None:
     """Store a context and print its reference, once it is stored durably.
 
@@ -71,18 +75,19 @@ async def put(
     """
     from holdfast.ops.system import open_system
 
-    raw = _read_body(body, file)
+    raw = read_body(body, file)
     chosen = content_type or guess_content_type(raw)
     loaded = invocation.loaded
     async with open_system(loaded) as system, system.connect(loaded.settings.namespace) as hf:
-        ref = await hf.put(raw, kind=kind, content_type=chosen)
+        ref = await hf.put(raw, kind=kind, content_type=chosen, encrypt=encrypt)
     if invocation.json:
         output.write_json({"ref": ref})
     else:
         output.write_line(ref)
 
 
-def _read_body(body: str | None, file: Path | None) -> bytes:
+def read_body(body: str | None, file: Path | None) -> bytes:
+    """Returns the body that a command is given: as an argument, on standard input (``-``) or in a file."""
     if (body is None) == (file is None):
         raise InvalidFieldError(
             "give the body as an argument, or with --file", field="body", hint="- as the argument reads standard input"
@@ -210,7 +215,19 @@ async def _resolve_window(hf: Holdfast, refs: list[str]) -> AsyncIterator[Contex
                 errors[ref] = error
     for ref in refs:
         context = found.get(Ref(ref))
-        yield context if context is not None else errors.get(ref) or _unknown(hf.namespace, ref)
+        if context is None:
+            yield errors.get(ref) or _unknown(hf.namespace, ref)
+        else:
+            yield _opening_error(context) or context
+
+
+def _opening_error(context: Context) -> HoldfastError | None:
+    """Opens an encrypted context, for its key may be lost; a plain one needs no opening."""
+    try:
+        _ = context.raw
+    except HoldfastError as error:
+        return error
+    return None
 
 
 def _unknown(namespace: str, ref: str) -> NotFoundError:
@@ -249,13 +266,18 @@ def _is_json(context: Context) -> bool:
 
 
 def _write_context(context: Context) -> None:
-    import msgspec
-
     from holdfast.ops.cli.quantities import format_bytes
 
     created_at = f"{context.created_at:%Y-%m-%d %H:%M:%S} UTC"
     facts = (context.ref, context.content_type, format_bytes(context.size), context.tier, created_at)
     output.write_line("  ".join(facts))
+    write_body(context)
+
+
+def write_body(context: Context) -> None:
+    """Writes a body for a person: JSON spread out, text as it is, of other bytes how many there are."""
+    import msgspec
+
     if _is_json(context):
         output.write_bytes(msgspec.json.format(context.raw, indent=2) + b"\n")
         return

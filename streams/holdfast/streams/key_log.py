@@ -1,0 +1,323 @@
+"""The bucket ``ctx-keys``: named contexts as chains of versions, one message each on the subject of the key.
+
+A version is written by compare-and-set on the subject's last sequence, so versions are numbered without gaps however
+many write at once.  What is superseded leaves the bucket some time after it was archived, oldest first: what the
+bucket holds of a chain is always its end, and the lake holds the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from holdfast.schemas.errors import HoldfastError, RetryError, UnavailableError
+from holdfast.schemas.ids import iso_from_ms
+from holdfast.schemas.rows import KeyVersionRow
+from holdfast.streams.arrivals import next_of
+from holdfast.streams.committer import Committer
+from holdfast.streams.connection import ApiError, Connection, Msg
+from holdfast.streams.decode import decode_key_head, encode_key_version
+from holdfast.streams.messages import StoredMessage, parse_time_ms
+from holdfast.streams.publish import WRONG_LAST_SEQUENCE, Outgoing, Refused, publish_batch
+from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, WRITE_DEADLINE_S, call_with_retry
+from holdfast.streams.topology import StreamInfo, stream_info
+from holdfast.streams.wire import (
+    H_EXPECT_SUBJECT_SEQ,
+    H_SEQUENCE,
+    H_STATUS,
+    H_SUBJECT,
+    H_TIME,
+    KEYS_STREAM,
+    key_filter,
+    key_subject,
+    parse_key_subject,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_DIRECT: Final = f"$JS.API.DIRECT.GET.{KEYS_STREAM}"
+_MULTI_GET: Final = 1_000
+"""Subjects in one batched direct get; the server answers 1,024 at most."""
+
+_NO_MESSAGE: Final = 10037
+_PAGE: Final = 500
+"""Revisions read at once: some 150 KB."""
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The end of a chain.
+
+    ``row`` is its newest version, with the hint where the parts of its body stand; None when the bucket holds none.
+    ``last_seq`` is the sequence to compare with when the next one is written: that of ``row``, unless something that
+    is no version was put on the subject since.
+    """
+
+    row: KeyVersionRow | None = None
+    at: tuple[int, ...] = ()
+    last_seq: int = 0
+
+
+class NewVersion(msgspec.Struct, frozen=True):
+    """A version to be written; ``row.epoch``, ``row.seq`` and ``row.stored_at_ms`` are the server's to give."""
+
+    row: KeyVersionRow
+    at: tuple[int, ...] = ()
+
+
+class LostRaceError(Exception):
+    """Another writer was faster: nothing was written.  Read the head again and decide anew."""
+
+
+class KeyLog:
+    """Reads and writes of the bucket on one connection.
+
+    ``replicas``: with more than one, heads are read from the stream's leader, since a direct get may be answered by a
+    server that has not caught up.
+    """
+
+    def __init__(self, connection: Connection, *, replicas: int = 1) -> None:
+        self._connection = connection
+        self._replicas = replicas
+        self._committer = Committer(connection)
+
+    async def info(self) -> StreamInfo:
+        """Returns the state of the bucket's stream."""
+        return await stream_info(self._connection, KEYS_STREAM)
+
+    async def head(self, namespace: str, key: str) -> Head:
+        """Returns the end of a key's chain, as of now: every version acknowledged before the call is seen."""
+        subject = key_subject(namespace, key)
+        read = partial(self._last, subject) if self._replicas == 1 else partial(self._last_at_leader, subject)
+        message = await call_with_retry(read, deadline_s=READ_DEADLINE_S)
+        return Head() if message is None else await self._head_of(subject, message)
+
+    async def heads(self, namespace: str, keys: Iterable[str]) -> dict[str, Head]:
+        """Returns the ends of many chains, by key; keys without one are left out."""
+        wanted = {key_subject(namespace, key): key for key in keys}
+        if self._replicas > 1:
+            found = await asyncio.gather(*(self.head(namespace, key) for key in wanted.values()))
+            return {key: head for key, head in zip(wanted.values(), found, strict=True) if head.last_seq}
+        heads: dict[str, Head] = {}
+        subjects = list(wanted)
+        for start in range(0, len(subjects), _MULTI_GET):
+            request = {"multi_last": subjects[start : start + _MULTI_GET]}
+            for message in await self._batch(request):
+                heads[wanted[message.subject]] = await self._head_of(message.subject, message)
+        return heads
+
+    async def keys(self, namespace: str, prefix: str) -> list[str]:
+        """Returns every key that begins with ``prefix`` and is in the bucket, in order, tombstones included."""
+        found: list[str] = []
+        offset = 0
+        while True:
+            request = {"subjects_filter": key_filter(namespace, prefix), "offset": offset}
+            answer = await call_with_retry(
+                partial(self._connection.api, f"STREAM.INFO.{KEYS_STREAM}", request), deadline_s=READ_DEADLINE_S
+            )
+            subjects: dict[str, int] = answer["state"].get("subjects") or {}
+            for subject in subjects:
+                key = _key_in(subject)
+                if key is not None and key.startswith(prefix):
+                    found.append(key)
+            offset += len(subjects)
+            if not subjects or offset >= answer.get("total", 0):
+                return sorted(found)
+
+    async def count(self, namespace: str, key: str) -> int:
+        """Returns how many revisions of a key the bucket holds."""
+        subject = key_subject(namespace, key)
+        request = {"subjects_filter": subject}
+        answer = await call_with_retry(
+            partial(self._connection.api, f"STREAM.INFO.{KEYS_STREAM}", request), deadline_s=READ_DEADLINE_S
+        )
+        subjects: dict[str, int] = answer["state"].get("subjects") or {}
+        return subjects.get(subject, 0)
+
+    async def revisions(self, namespace: str, key: str, *, from_seq: int = 1) -> AsyncIterator[Head]:
+        """Yields the versions of a key that the bucket holds, oldest first, from a sequence on."""
+        subject = key_subject(namespace, key)
+        seq = from_seq
+        while True:
+            messages = await self._batch({"next_by_subj": subject, "batch": _PAGE, "seq": max(1, seq)})
+            for message in messages:
+                head = _decoded(message)
+                if head is not None:
+                    yield head
+            if len(messages) < _PAGE:
+                return
+            seq = messages[-1].seq + 1
+
+    async def as_of(self, namespace: str, key: str, at_ms: int) -> Head:
+        """Returns the end of a key's chain as it was at a time of the server's, as far as the bucket still holds it."""
+        subject = key_subject(namespace, key)
+        # Up to, not including: versions of the whole millisecond count.
+        request = {"multi_last": [subject], "up_to_time": iso_from_ms(at_ms + 1)}
+        messages = await self._batch(request)
+        if not messages:
+            return Head()
+        head = _decoded(messages[0])
+        if head is not None:
+            return head
+        found = Head()
+        async for revision in self.revisions(namespace, key):
+            if revision.row is not None and revision.row.stored_at_ms <= at_ms:
+                found = revision
+        return found
+
+    async def write(self, version: NewVersion, *, after_seq: int) -> KeyVersionRow:
+        """Writes a version behind the one at ``after_seq`` (0: as the first) and returns it as it was stored.
+
+        Raises LostRaceError when another one stands there; UnknownOutcomeError, or another RetryError, when no
+        acknowledgement came: sending the same version (same ``event_id``) again is safe.
+        """
+        try:
+            settled = await self._committer.store(_message(version, after_seq))
+        except ApiError as error:
+            if error.err_code != WRONG_LAST_SEQUENCE:
+                raise
+            # Perhaps our own, written by an attempt that got no answer.
+            return await self._found(version, after_seq)
+        return msgspec.structs.replace(version.row, seq=settled.seq)
+
+    async def write_all(self, versions: Sequence[tuple[NewVersion, int | None]]) -> list[KeyVersionRow]:
+        """Writes all versions or none, as one atomic batch, and returns them as they were stored.
+
+        With each comes the sequence it must follow; None for one that follows another of the same key in this batch.
+        Errors as of :meth:`write`.
+        """
+        if len(versions) == 1 and versions[0][1] is not None:
+            return [await self.write(versions[0][0], after_seq=versions[0][1])]
+        messages = [_message(version, after_seq) for version, after_seq in versions]
+        try:
+            seqs = await call_with_retry(
+                partial(publish_batch, self._connection, messages), deadline_s=WRITE_DEADLINE_S
+            )
+        except Refused as refusal:
+            if refusal.err_code != WRONG_LAST_SEQUENCE:
+                raise UnavailableError(f"the versions cannot be stored: {refusal.description}") from refusal
+            # Perhaps our own, written by an attempt that got no answer: the first is there, and so is the rest.
+            floors: dict[str, int] = {}
+            return [
+                await self._found(version, floors.setdefault(version.row.key, after_seq or 0))
+                for version, after_seq in versions
+            ]
+        return [msgspec.structs.replace(version.row, seq=seq) for (version, _), seq in zip(versions, seqs, strict=True)]
+
+    async def close(self) -> None:
+        """Waits until every write that was handed in has an outcome."""
+        await self._committer.close()
+
+    async def _found(self, version: NewVersion, after_seq: int) -> KeyVersionRow:
+        """The version as it stands behind a sequence, told by its event id; LostRaceError when it is not there."""
+        row = version.row
+        async for revision in self.revisions(row.namespace, row.key, from_seq=after_seq + 1):
+            if revision.row is not None and revision.row.event_id == row.event_id:
+                return revision.row
+        raise LostRaceError
+
+    async def _head_of(self, subject: str, message: StoredMessage) -> Head:
+        head = _decoded(message)
+        if head is not None:
+            return head
+        # Something foreign was put on the subject: the chain goes on from the newest version before it.
+        namespace, key = parse_key_subject(subject)
+        newest = Head()
+        async for revision in self.revisions(namespace, key):
+            newest = revision
+        return msgspec.structs.replace(newest, last_seq=message.seq)
+
+    async def _last(self, subject: str) -> StoredMessage | None:
+        message = await self._connection.lean.request(f"{_DIRECT}.{subject}")
+        if H_SEQUENCE in (message.headers or {}):
+            return _stored(message)
+        status = (message.headers or {}).get(H_STATUS, "")
+        if status == "404":
+            return None
+        raise UnavailableError(f"the bucket of keys answered {status!r}")
+
+    async def _last_at_leader(self, subject: str) -> StoredMessage | None:
+        request = {"last_by_subj": subject}
+        try:
+            answer: dict[str, Any] = (await self._connection.api(f"STREAM.MSG.GET.{KEYS_STREAM}", request))["message"]
+        except ApiError as error:
+            if error.err_code == _NO_MESSAGE:
+                return None
+            raise
+        message = msgspec.convert(answer, _LeaderMessage, strict=False)
+        return StoredMessage(
+            subject=message.subject,
+            headers={},
+            payload=message.data,
+            seq=message.seq,
+            stored_at_ms=parse_time_ms(message.time),
+            epoch="",
+        )
+
+    async def _batch(self, request: Mapping[str, object]) -> list[StoredMessage]:
+        return await call_with_retry(partial(self._batch_once, request), deadline_s=READ_DEADLINE_S)
+
+    async def _batch_once(self, request: Mapping[str, object]) -> list[StoredMessage]:
+        messages: list[StoredMessage] = []
+        async with self._connection.lean.stream(_DIRECT, msgspec.json.encode(request)) as queue:
+            while True:
+                try:
+                    message = await next_of(queue, ATTEMPT_S)
+                except TimeoutError as error:
+                    raise UnavailableError("the bucket of keys stopped answering") from error
+                if H_SEQUENCE in (message.headers or {}):
+                    messages.append(_stored(message))
+                    continue
+                status = (message.headers or {}).get(H_STATUS, "")
+                if status in ("204", "404"):
+                    return messages
+                raise UnavailableError(f"the bucket of keys answered {status!r}")
+
+
+class _LeaderMessage(msgspec.Struct):
+    """A message as ``STREAM.MSG.GET`` tells it; ``data`` comes in base64."""
+
+    subject: str
+    seq: int
+    time: str
+    data: bytes = b""
+
+
+def _message(version: NewVersion, after_seq: int | None) -> Outgoing:
+    headers = {} if after_seq is None else {H_EXPECT_SUBJECT_SEQ: str(after_seq)}
+    row = version.row
+    return Outgoing(key_subject(row.namespace, row.key), headers, encode_key_version(row, version.at))
+
+
+def _stored(message: Msg) -> StoredMessage:
+    headers = message.headers or {}
+    return StoredMessage(
+        subject=headers.get(H_SUBJECT, ""),
+        headers=headers,
+        payload=message.data,
+        seq=int(headers[H_SEQUENCE]),
+        stored_at_ms=parse_time_ms(headers.get(H_TIME, "")),
+        epoch="",
+    )
+
+
+def _decoded(message: StoredMessage) -> Head | None:
+    """The version that a message holds, or None when it holds none: the archiver makes a dead letter of that."""
+    try:
+        row, at = decode_key_head(message)
+    except RetryError:
+        raise
+    except HoldfastError:
+        return None
+    return Head(row, at, message.seq)
+
+
+def _key_in(subject: str) -> str | None:
+    try:
+        return parse_key_subject(subject)[1]
+    except HoldfastError:
+        return None
