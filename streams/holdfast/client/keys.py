@@ -24,10 +24,7 @@ from holdfast.client.watch import KeyWatch
 from holdfast.schemas.bodies import Body, encode_body
 from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, NotFoundError
 from holdfast.schemas.names import check_agent, check_key, check_kind
-from holdfast.schemas.policies import (
-    KeyPolicy,
-    Policies,
-)
+from holdfast.schemas.policies import POLICIES_KEY, KeyPolicy, Policies
 from holdfast.streams.events import check_id_text
 from holdfast.streams.hot import NewContext
 
@@ -41,9 +38,6 @@ if TYPE_CHECKING:
     from holdfast.streams.server_clock import ServerClock
 
 DEFAULT_KIND: Final = "context"
-_POLICIES_S: Final = 10.0
-"""How late a change of policies may be seen: they are needed at every write."""
-
 _PAGE: Final = 1_000
 
 
