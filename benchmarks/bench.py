@@ -16,6 +16,7 @@ from benchmarks.measure import Budget, Kind, Result, Side, measure
 from benchmarks.raw_nats import api, plain_client
 from benchmarks.records import ROOT, Conditions, RawLimit, Record
 from holdfast.client import Holdfast, connect
+from holdfast.client.near_cache import DEFAULT_BYTES
 from holdfast.ops.server import EmbeddedServer
 from holdfast.ops.server_config import ServerSettings
 from holdfast.streams.connection import open_connection
@@ -60,8 +61,9 @@ class BenchServer(msgspec.Struct, frozen=True):
 
     def connect(self, *, namespace: str = NAMESPACE, cache_bytes: int | None = None) -> Any:
         """Opens the SDK on this server; ``cache_bytes`` 0 turns the near cache off."""
-        options = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
-        return connect(target_of(self.url), namespace, "bench", **options)
+        return connect(
+            target_of(self.url), namespace, "bench", cache_bytes=DEFAULT_BYTES if cache_bytes is None else cache_bytes
+        )
 
 
 class Bench:

@@ -131,7 +131,7 @@ def test_a_manifest_without_its_chunk_is_found(lake: Lake) -> None:
     lake.append("contexts", [rows[0], *rows[2:]], epoch=EPOCH, first_seq=61, last_seq=64)
     [violation] = verify_lake(lake.path).violations
     assert (violation.invariant, violation.object) == ("I4", rows[-1].ref)
-    assert "lacks chunks" in violation.what
+    assert "lacks 1 of 3 chunks" in violation.what
 
 
 def test_many_violations_are_summed_up(lake: Lake) -> None:

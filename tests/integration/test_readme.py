@@ -24,11 +24,10 @@ def _python_examples() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("example", _python_examples())
-async def test_python_example_runs_against_a_running_system(example: str, tmp_path: Path) -> None:
-    async with EmbeddedServer(ServerSettings(data=tmp_path)) as server:
+async def _lines_printed(example: str, data: Path) -> list[str]:
+    async with EmbeddedServer(ServerSettings(data=data)) as server:
         target = ConnectionTarget(url=server.info.nats_url, origin="the test")
-        settings = WorkerSettings(lake=tmp_path / "lake", index=tmp_path / "index")
+        settings = WorkerSettings(lake=data / "lake", index=data / "index")
         async with run_workers(target, WORKERS, settings):
             environment = {**os.environ, "HOLDFAST_NATS_URL": server.info.nats_url}
             done = await asyncio.to_thread(
@@ -41,11 +40,22 @@ async def test_python_example_runs_against_a_running_system(example: str, tmp_pa
                 check=False,
             )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("example", _python_examples())
+async def test_python_example_runs_against_a_running_system(example: str, tmp_path: Path) -> None:
+    assert await _lines_printed(example, tmp_path) == [
         "0 planner plan:made {'steps': 3}",
         "book a flight 24 hot",
         "1 planner plan:checked {'ok': True}",
     ]
+
+
+async def test_the_page_on_named_contexts_prints_what_it_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "named-contexts.md").read_text()
+    [(example, printed)] = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert await _lines_printed(example, tmp_path) == printed.splitlines()
 
 
 def test_readme_opens_with_the_two_commands() -> None:

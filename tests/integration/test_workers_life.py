@@ -1,4 +1,4 @@
-"""How workers start, share, stop and what they leave behind; and the janitor's clock."""
+"""How workers start, share, stop and what they leave behind."""
 
 from __future__ import annotations
 
@@ -19,30 +19,26 @@ from nats.errors import NoRespondersError
 from holdfast.client import connect
 from holdfast.lake import LakeIndex
 from holdfast.schemas.errors import UnavailableError
-from holdfast.schemas.ids import now_ms
 from holdfast.schemas.refs import compute_digest, format_ref
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.consumer import DurableConsumer, ack_floor
-from holdfast.streams.decode import KeyVersionBody
 from holdfast.streams.topology import stream_info
-from holdfast.streams.wire import EVENTS_STREAM, KEYS_STREAM, STREAM_OF_TABLE
+from holdfast.streams.wire import EVENTS_STREAM, STREAM_OF_TABLE
 from holdfast.workers.control import evict, flush
 from holdfast.workers.ingester import CONSUMER
-from holdfast.workers.janitor import Janitor
 from holdfast.workers.settings import WORKERS, WorkerName
 from tests.running import (
     Acknowledged,
     dead_letters,
     eventually,
     own_server,
-    put_version,
     running,
     settings_in,
     target_of,
     until_ready,
     worker_process,
 )
-from tests.support import LIMIT_S, OwnServer, api, create_stream, plain_client
+from tests.support import LIMIT_S, OwnServer, api, plain_client
 
 pytestmark = pytest.mark.asyncio
 
@@ -278,87 +274,3 @@ async def test_an_ingester_makes_a_deleted_consumer_anew(server: OwnServer, tmp_
         # From the beginning again, which changes nothing.
         await eventually(lambda: workers.counters()["ingester"]["stored"] == 2)
         assert workers.counters()["ingester"]["existed"] == 1
-
-
-# The janitor
-
-
-async def _versions(connection: Connection, key: str) -> list[KeyVersionBody]:
-    info = await stream_info(connection, KEYS_STREAM)
-    found: list[KeyVersionBody] = []
-    for seq in range(info.first_seq, info.last_seq + 1):
-        answer = await connection.api(f"STREAM.MSG.GET.{KEYS_STREAM}", {"seq": seq})
-        if answer["message"]["subject"].endswith(f".{key}"):
-            raw = msgspec.json.decode(f'"{answer["message"]["data"]}"'.encode(), type=bytes)
-            found.append(msgspec.json.decode(raw, type=KeyVersionBody))
-    return found
-
-
-async def test_the_janitor_expires_what_is_due_by_its_clock(connection: Connection) -> None:
-    clock = now_ms()
-    janitor = Janitor(connection, clock_ms=lambda: clock)
-    await put_version(connection, "default", "short", 1, expires_at_ms=clock + 1_000, session_id="s")
-    await put_version(connection, "default", "long", 1, expires_at_ms=clock + 100_000)
-    await put_version(connection, "default", "never", 1)
-    await put_version(connection, "default", "deleted", 1, expires_at_ms=clock + 1_000)
-    await put_version(connection, "default", "deleted", 2, op="delete")
-    assert await janitor.round() == 0
-    clock += 1_000
-    assert await janitor.round() == 1
-    assert await janitor.round() == 0
-    expired = (await _versions(connection, "short"))[-1]
-    assert (expired.version, expired.op, expired.changed_by, expired.session_id) == (2, "expire", "janitor", "s")
-    assert expired.timestamp_ms == clock
-    assert [len(await _versions(connection, key)) for key in ("long", "never", "deleted")] == [1, 1, 2]
-    # A second janitor, or the same after a restart, finds it done.
-    again = Janitor(connection, clock_ms=lambda: clock)
-    assert await again.round() == 0
-    clock += 100_000
-    assert await again.round() == 1
-    # And one that is late by that reads what the other wrote.
-    assert await janitor.round() == 0
-    await janitor.close()
-    await again.close()
-
-
-async def test_a_newer_version_wins_over_the_janitor(connection: Connection) -> None:
-    clock = now_ms()
-
-    class Racing(Janitor):
-        """Writes a newer version between the janitor's look and its write."""
-
-        async def _expire(self, subject: str, version: Any) -> int:
-            await put_version(connection, "default", "k", 2)
-            return await super()._expire(subject, version)
-
-    janitor = Racing(connection, clock_ms=lambda: clock)
-    await put_version(connection, "default", "k", 1, expires_at_ms=clock)
-    assert await janitor.round() == 0
-    assert janitor.counters.overtaken == 1
-    assert [version.op for version in await _versions(connection, "k")] == ["put", "put"]
-    assert await janitor.round() == 0
-    await janitor.close()
-
-
-async def test_garbage_among_versions_does_not_stop_the_janitor(connection: Connection) -> None:
-    clock = now_ms()
-    await connection.lean.request("$KV.ctx-keys.default.k", b"garbage")
-    await put_version(connection, "default", "j", 1, expires_at_ms=clock)
-    janitor = Janitor(connection, clock_ms=lambda: clock)
-    assert await janitor.round() == 1
-    await janitor.close()
-
-
-async def test_the_janitor_goes_on_when_the_stream_is_made_anew(server: OwnServer, tmp_path: Path) -> None:
-    async with (
-        running(server.url, settings_in(tmp_path), ["janitor"]) as workers,
-        open_connection(target_of(server.url)) as connection,
-    ):
-        await put_version(connection, "default", "old", 1, expires_at_ms=now_ms() + 10**9)
-        await eventually(lambda: workers.counters()["janitor"]["read"] == 1)
-        config = (await connection.api(f"STREAM.INFO.{KEYS_STREAM}"))["config"]
-        await connection.api(f"STREAM.DELETE.{KEYS_STREAM}")
-        config["metadata"]["holdfast.epoch"] = "another"
-        await create_stream(connection, config)
-        await put_version(connection, "default", "new", 1, expires_at_ms=now_ms())
-        await eventually(lambda: workers.counters()["janitor"]["expired"] == 1)

@@ -117,7 +117,7 @@ async def test_two_archivers_at_once_commit_every_row_once(
     async def no_lock(path: Path, on_standby: Callable[[], None] | None) -> int:
         return os.open(os.devnull, os.O_RDONLY)
 
-    monkeypatch.setattr(archiver_module, "_take_lock", no_lock)
+    monkeypatch.setattr(archiver_module, "take_lock", no_lock)
     stored = Acknowledged()
     fast: dict[str, Any] = {"archive_interval_s": 0.0, "archive_rows": 15}
     async with (

@@ -21,7 +21,7 @@ chunk with its headers, or two in flight, always fit."""
 MANIFEST_CHUNKS: Final = 4_096
 """Most chunks of one body: what one reading of it may ask for."""
 
-TAIL_CHARS: Final = 4_096
+TAIL_CHARS: Final = 64 * KIB
 """Longest text that a manifest holds itself, behind its last chunk."""
 
 COMPRESS_OVER_BYTES: Final = 1 * KIB

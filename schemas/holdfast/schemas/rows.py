@@ -19,9 +19,10 @@ Table = Literal["contexts", "events", "key_versions"]
 
 TABLES: Final[tuple[Table, ...]] = ("contexts", "events", "key_versions")
 
-Form = Literal["plain", "manifest", "chunk", "touch"]
+Form = Literal["plain", "manifest", "chunk", "joint", "touch"]
 """How a context's body is held: as it is; as a list of chunks (``manifest``), whose bytes are ``chunk`` rows of
-their own; or not at all (``touch``: the same context was stored again after it had left the hot tier)."""
+their own; or not at all (``touch``: the same context was stored again after it had left the hot tier).  A chunk that
+was put together of others is a ``joint`` in the lake: a list of those, so that no byte is there twice."""
 
 Op = Literal["put", "patch", "delete", "rollback", "expire"]
 
@@ -37,8 +38,9 @@ class Position(msgspec.Struct, frozen=True, order=True):
 
 
 class ContextRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One stored context.  ``body`` is the plain bytes (of a manifest: its JSON); ``size`` is that of the whole
-    plain body, also for a manifest."""
+    """One stored context.  ``body`` is the plain bytes (of a manifest or a joint: its JSON); ``size`` is that of the
+    whole plain body, also for those.  ``parts``: of a chunk that was put together, the stored chunks that it begins
+    with, as its writer says; only what is read from the hot tier tells it."""
 
     namespace: str
     kind: str
@@ -51,6 +53,7 @@ class ContextRow(msgspec.Struct, frozen=True, kw_only=True):
     seq: int
     form: Form = "plain"
     expires_at_ms: int | None = None
+    parts: tuple[tuple[Digest, int], ...] = ()
 
     @property
     def ref(self) -> Ref:

@@ -10,7 +10,19 @@
 The base install is enough for it; nothing of the lake is imported.
 """
 
+from holdfast.client.context_client import ContextClient
+from holdfast.client.context_functions import get_context, store_context, update_context
 from holdfast.client.model import Context, Event, Resolved, Tier
+from holdfast.client.pipelines import (
+    ContextReference,
+    ContextRegistry,
+    StepResultManager,
+    get_context_registry,
+    get_step_result_manager,
+)
+from holdfast.client.session_manager import ContextManager
+from holdfast.client.session_model import SessionEvent
+from holdfast.client.session_settings import SessionSettings
 from holdfast.client.store import Holdfast, connect
 from holdfast.schemas.errors import (
     ConfigurationError,
@@ -39,6 +51,10 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "Context",
+    "ContextClient",
+    "ContextManager",
+    "ContextReference",
+    "ContextRegistry",
     "DigestMismatchError",
     "EncryptionKeyError",
     "Event",
@@ -56,10 +72,18 @@ __all__ = [
     "Ref",
     "Resolved",
     "RetryError",
+    "SessionEvent",
+    "SessionSettings",
+    "StepResultManager",
     "Tier",
     "TooLargeError",
     "UnavailableError",
     "UnknownOutcomeError",
     "VersionConflictError",
     "connect",
+    "get_context",
+    "get_context_registry",
+    "get_step_result_manager",
+    "store_context",
+    "update_context",
 ]

@@ -12,7 +12,7 @@ import msgspec
 
 from holdfast.client.near_cache import MAX_AGE_MS
 from holdfast.schemas import limits
-from holdfast.schemas.errors import HoldfastError, NotFoundError
+from holdfast.schemas.errors import ConflictError, HoldfastError, NotFoundError, RetryError
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.refs import JSON, Digest, Ref, parse_ref
 from holdfast.schemas.rows import ContextRow
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CACHE_BYTES: Final = 32 * limits.MIB
-"""Bodies kept to compare the next version with, newest first."""
+"""Bodies kept to compare the next version with, newest first, when a client does not say."""
 
 _ENTRY_BYTES: Final = 1_000
 _IN_THREAD_BYTES: Final = 64 * limits.KIB
@@ -61,13 +61,25 @@ class Grown(msgspec.Struct, frozen=True):
 
 
 class GrowingBodies:
-    """Stores and reads the bodies of one namespace's named contexts."""
+    """Stores and reads the bodies of one namespace's named contexts.
 
-    def __init__(self, namespace: str, hot: HotTier, reader: StoredReader, near: NearCache) -> None:
+    ``cache_bytes`` bounds the bodies that are kept to compare the next version with; 0 keeps none.
+    """
+
+    def __init__(
+        self,
+        namespace: str,
+        hot: HotTier,
+        reader: StoredReader,
+        near: NearCache,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self._namespace = namespace
         self._hot = hot
         self._reader = reader
         self._near = near
+        self._limit_bytes = cache_bytes
         self._known: OrderedDict[Ref, tuple[int, Grown]] = OrderedDict()
         self._bytes = 0
 
@@ -86,7 +98,7 @@ class GrowingBodies:
         at = {digest: settled.seq for digest, settled in zip(chunks, stored, strict=True)}
         if base is not None:
             at |= {part.digest: seq for part, seq in zip(base.shape.parts, base.seqs, strict=True) if seq}
-        await self._hot.store_forms(self._namespace, [head for _, head, _ in planned])
+        await self._store_heads([head for _, head, _ in planned])
         now = now_ms()
         results: list[Grown] = []
         for context, (_, head, shape) in zip(contexts, planned, strict=True):
@@ -108,12 +120,11 @@ class GrowingBodies:
         if cached is not None:
             return Grown(cached), "cache"
         digest = parse_ref(ref).digest
-        hinted = [at[0] - below for below in at[1:]] if at else []
+        # A hint may come from anybody: one that is longer than ours ever are is none.
+        hinted = [at[0] - below for below in at[1:]] if len(at) <= _HINTS + 1 else []
         found: dict[Digest, ContextRow] = {}
         if hinted:
-            parts, head = await asyncio.gather(
-                self._hot.get_at(self._namespace, hinted), self._hot.get_stored(self._namespace, digest)
-            )
+            parts, head = await asyncio.gather(self._hot.get_at(self._namespace, hinted), self._sound(digest))
             found = parts if head is None else parts | {digest: head}
         tier: Tier = "hot"
         if digest not in found:
@@ -161,6 +172,29 @@ class GrowingBodies:
         self._known.move_to_end(ref)
         return grown
 
+    async def _store_heads(self, heads: Sequence[StoredForm]) -> None:
+        try:
+            await self._hot.store_forms(self._namespace, heads)
+        except ConflictError:
+            # Perhaps an equal body that is stored in other parts, of which some have left the hot tier: then it can be
+            # read, with the lake's help, and what is read has been checked against its digest.
+            digests = list(dict.fromkeys(head.digest for head in heads))
+            rows, _, errors = await self._reader.load(digests)
+            for error in errors.values():
+                if isinstance(error, RetryError):
+                    raise error from None
+            if any(digest not in rows for digest in digests):
+                raise
+
+    async def _sound(self, digest: Digest) -> ContextRow | None:
+        """What the hot tier holds under a digest, if it is not damaged."""
+        try:
+            return await self._hot.get_stored(self._namespace, digest)
+        except RetryError:
+            raise
+        except HoldfastError:
+            return None  # whoever looks for a cold copy meets it again
+
     async def _joined(self, row: ContextRow, found: dict[Digest, ContextRow], tier: Tier) -> tuple[Grown, Tier]:
         digests = decode_manifest(row.body).chunks
         left = [digest for digest in dict.fromkeys(digests) if digest not in found]
@@ -184,13 +218,13 @@ class GrowingBodies:
         row = grown.row
         self._near.add(row.ref, row, now_ms())
         cost = row.size + _ENTRY_BYTES
-        if cost * 4 > CACHE_BYTES:
+        if cost * 4 > self._limit_bytes:
             return
         self._forget(row.ref)
         # What was erased is served from here for a minute at most, as from the near cache.
         self._known[row.ref] = now_ms() + MAX_AGE_MS, grown
         self._bytes += cost
-        while self._bytes > CACHE_BYTES:
+        while self._bytes > self._limit_bytes:
             self._forget(next(iter(self._known)))
 
     def _forget(self, ref: Ref) -> None:

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from holdfast.schemas import limits
 from holdfast.schemas.errors import InvalidFieldError, TooLargeError
 from holdfast.schemas.ids import ms_from_utc
+from holdfast.schemas.names import check_key
 from holdfast.streams.events import check_id_text
 
 Ttl = float | timedelta | None
@@ -26,6 +27,21 @@ def check_tags(tags: object) -> tuple[str, ...]:
             f"there are {len(checked)} tags, the limit is {limits.TAGS}", field="tags", limit=limits.TAGS
         )
     return checked
+
+
+def check_prefix(prefix: object) -> str:
+    """Returns the beginning of keys when there can be such keys; raises InvalidNameError otherwise."""
+    return "" if prefix == "" else check_key(prefix)
+
+
+def check_expected_version(expected: object) -> int | None:
+    """Returns the number of the version that is expected, 0 for "there is none", or None for any."""
+    number = None if expected is None else check_version(expected, "expected_version")
+    if number is not None and number < 0:
+        raise InvalidFieldError(
+            f"expected_version {number} is below 0", field="expected_version", limit=0, hint="0 stands for no version"
+        )
+    return number
 
 
 def check_ttl_ms(ttl: object) -> float | None:
@@ -53,3 +69,10 @@ def check_moment_ms(moment: object, field: str) -> int:
             f"{field} is not a datetime with a time zone", field=field, hint="use datetime.now(UTC)"
         )
     return max(0, ms_from_utc(moment))
+
+
+def check_version(version: object, field: str = "version") -> int:
+    """Returns the number of a version; any whole number, since there may be none of it."""
+    if isinstance(version, int) and not isinstance(version, bool):
+        return version
+    raise InvalidFieldError(f"{field} {repr(version)[:40]} is not a whole number", field=field)

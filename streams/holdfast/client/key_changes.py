@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from holdfast.client.key_arguments import check_expected_version
 from holdfast.client.key_writer import Decide, Draft, State, absent
+from holdfast.client.merging import merge_patch
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import Body, check_nesting, check_size, encode_body, encode_json
 from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, TooLargeError, VersionConflictError
 from holdfast.schemas.names import check_key
-from holdfast.schemas.refs import JSON, parse_ref
+from holdfast.schemas.refs import JSON
 from holdfast.streams.hot import NewContext
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def put(
     key: str, context: NewContext, meta: Meta, expected: int | None, policy: KeyPolicy, *, encrypt: bool = False
 ) -> Decide:
     """A body in the place of whatever was there."""
+    check_expected_version(expected)
 
     def decide(state: State) -> Draft:
         check_expected(key, state, expected)
@@ -69,6 +72,7 @@ def update(
     encrypt: bool | None = None,
 ) -> Decide:
     """A body made from the one before; tags, session, kind, expiry and encryption stay unless they are given."""
+    check_expected_version(expected)
 
     def decide(state: State) -> Draft | None:
         check_expected(key, state, expected)
@@ -77,7 +81,7 @@ def update(
         if old is None or state.context is None:
             body, own_kind = copy.deepcopy(default), kind
         else:
-            body, own_kind = json_body(key, state.context), kind if old.ref is None else parse_ref(old.ref).kind
+            body, own_kind = json_body(key, state.context), state.context.kind
             is_sealed = state.context.encrypted if encrypt is None else encrypt
         changed = change(body)
         if changed is UNCHANGED:
@@ -99,6 +103,15 @@ def update(
     return decide
 
 
+def merged(merge: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """An object with another one merged into it."""
+    # As JSON holds it: a member named by a number is the member of that text, and what no body may be is told now.
+    raw = encode_json(dict(merge), field="merge")
+    check_nesting(raw, field="merge")
+    patch = msgspec.json.decode(raw)
+    return lambda body: merge_patch(body, patch)
+
+
 def appended(key: str, item: Any) -> Callable[[Any], Any]:
     """A list with one more item."""
 
@@ -116,7 +129,7 @@ def appended(key: str, item: Any) -> Callable[[Any], Any]:
 def commit(
     namespace: str,
     bodies: Mapping[str, Body],
-    deletes: Sequence[str],
+    deletes: Iterable[str],
     expected: Mapping[str, int],
     meta: Meta,
     policies: Policies,
@@ -125,10 +138,13 @@ def commit(
     encrypt: bool | None = None,
 ) -> dict[str, Decide]:
     """The changes of one commit, by key; raises a typed error for one that cannot be."""
-    keys = [*bodies, *dict.fromkeys(deletes)]
+    if isinstance(deletes, str):
+        raise InvalidFieldError("deletes is not a list of keys", field="deletes", hint='such as deletes=["plan.old"]')
+    removed = list(dict.fromkeys(deletes))
+    keys = [*bodies, *removed]
     if len(keys) > limits.COMMIT_KEYS:
         raise TooLargeError(f"a commit of {len(keys)} keys", field="bodies", limit=limits.COMMIT_KEYS)
-    for key in deletes:
+    for key in removed:
         if key in bodies:
             raise InvalidFieldError(f"the key {key!r} is to be written and deleted", field="deletes")
     for key in expected:
@@ -141,13 +157,14 @@ def commit(
         context = NewContext(namespace=namespace, kind=kind, body=raw, content_type=content_type)
         is_sealed = bool(policy.encrypt) if encrypt is None else encrypt
         decisions[key] = put(key, context, meta, expected.get(key), policy, encrypt=is_sealed)
-    for key in dict.fromkeys(deletes):
+    for key in removed:
         decisions[check_key(key)] = delete(key, meta, expected.get(key))
     return decisions
 
 
 def delete(key: str, meta: Meta, expected: int | None) -> Decide:
     """A tombstone; the session and the tags of what was there stay with it."""
+    check_expected_version(expected)
 
     def decide(state: State) -> Draft:
         check_expected(key, state, expected)
@@ -160,6 +177,7 @@ def delete(key: str, meta: Meta, expected: int | None) -> Decide:
 
 def rollback(key: str, old: KeyVersionRow, meta: Meta, expected: int | None, policy: KeyPolicy) -> Decide:
     """What an old version was: its body, tags and session."""
+    check_expected_version(expected)
 
     def decide(state: State) -> Draft:
         check_expected(key, state, expected)

@@ -1,7 +1,8 @@
 """The versions of a key, hot and cold: by number, as of a time, and all in order.
 
 The hot tier holds the end of a chain, the lake everything that was archived; so a version is looked for hot, then cold.
-A version that is trimmed between the two looks is archived, so the second look finds it.
+A version that is trimmed between the two looks is archived, so the second look finds it.  The lake is asked only for
+what the hot tier does not hold.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ if TYPE_CHECKING:
     from holdfast.client.key_cold import ColdKeySource
     from holdfast.schemas.rows import KeyVersionRow
 
-_HOT_REVISIONS: Final = 2_000
-"""Revisions of one key that are read from the hot tier to show its history: some 600 KB.  The bucket can only be read
-forward, so of a longer chain the archived part is asked of the resolver first."""
+_HOT_PAGE: Final = 500
+"""Versions read from the hot tier at once: some 150 KB.  It reads forward only, so a page is read whole."""
 
 _COLD_PAGE: Final = 200
 
@@ -32,32 +32,18 @@ class KeyHistory:
 
     async def version(self, key: str, number: int) -> Head | None:
         """Returns a version by its number, or None when there is none."""
-        head = await self._log.head(self._namespace, key)
-        if head.row is not None:
-            if number == head.row.version:
-                return head
-            if number > head.row.version:
-                return None
         if number < 1:
             return None
-        if head.row is not None:
-            held = await self._log.count(self._namespace, key)
-            if held <= _HOT_REVISIONS:
-                async for revision in self._log.revisions(self._namespace, key):
-                    if revision.row is not None and revision.row.version >= number:
-                        if revision.row.version == number:
-                            return revision
-                        break  # the hot part begins after it
-                row = await self._cold.get(key, number)
-                return None if row is None else Head(row)
+        head = await self._log.head(self._namespace, key)
+        if head.row is None and not await self._may_be_cold():
+            return None
+        if head.row is not None and number > head.row.version:
+            return None
+        found = await self._log.version(self._namespace, key, number, head)
+        if found is not None:
+            return found
         row = await self._cold.get(key, number)
-        if row is not None:
-            return Head(row)
-        # A long chain of which this version is not archived yet.
-        async for revision in self._log.revisions(self._namespace, key):
-            if revision.row is not None and revision.row.version == number:
-                return revision
-        return None
+        return None if row is None else Head(row)
 
     async def as_of(self, key: str, at_ms: int) -> Head:
         """Returns the newest version that had been stored by a time of the server's."""
@@ -68,73 +54,78 @@ class KeyHistory:
         oldest = await self._oldest(key)
         if oldest is not None and oldest.version == 1:
             return Head()
-        if oldest is None and not (await self._log.info()).heads_archived:
+        if oldest is None and not await self._may_be_cold():
             return Head()
         row = await self._cold.as_of(key, at_ms)
         return Head() if row is None else Head(row)
 
     async def newest_first(self, key: str, before: int | None) -> AsyncIterator[KeyVersionRow]:
-        """Yields the versions below ``before`` (None: all), newest first, cold ones a page at a time."""
-        held = await self._log.count(self._namespace, key)
-        if held <= _HOT_REVISIONS:
-            hot = [
-                revision.row
-                async for revision in self._log.revisions(self._namespace, key)
-                if revision.row is not None and (before is None or revision.row.version < before)
-            ]
-            for row in reversed(hot):
+        """Yields the versions below ``before`` (None: all), newest first, hot and cold ones a page at a time."""
+        head = await self._log.head(self._namespace, key)
+        if head.row is None and not await self._may_be_cold():
+            return
+        if head.row is not None:
+            below = head.row.version + 1
+            before = below if before is None else min(before, below)
+            async for row in self._hot(key, head, before):
                 yield row
                 before = row.version
-        else:
-            async for row in self._long(key, before):
-                yield row
-                before = row.version
-            return
-        if before is not None and before <= 1:
-            return
-        if before is None and not held and not (await self._log.info()).heads_archived:
-            return
         async for row in self._archived(key, before):
             yield row
 
     async def from_version(self, key: str, number: int) -> AsyncIterator[KeyVersionRow]:
         """Yields the versions from a number on, oldest first, up to the newest of now."""
-        oldest = await self._oldest(key)
-        first_hot = None if oldest is None else oldest.version
-        if first_hot is None or first_hot > number:
-            end = first_hot if first_hot is not None else None
-            older: list[KeyVersionRow] = []
-            async for row in self._archived(key, end):
-                if row.version < number:
-                    break
-                older.append(row)
-            for row in reversed(older):
-                yield row
-                number = row.version + 1
+        number = max(1, number)
+        is_hot = False
         async for revision in self._log.revisions(self._namespace, key):
-            if revision.row is not None and revision.row.version >= number:
-                yield revision.row
+            if revision.row is None:
+                continue
+            is_hot = True
+            if revision.row.version < number:
+                continue
+            for row in await self._between(key, number, revision.row.version):
+                yield row
+            yield revision.row
+            number = revision.row.version + 1
+        if not is_hot and await self._may_be_cold():
+            for row in await self._between(key, number, None):
+                yield row
+
+    async def _hot(self, key: str, head: Head, before: int) -> AsyncIterator[KeyVersionRow]:
+        """Versions below ``before``, newest first, as far down as the hot tier holds them."""
+        oldest = await self._oldest(key)
+        while oldest is not None and before > oldest.version:
+            first = await self._log.version(self._namespace, key, max(oldest.version, before - _HOT_PAGE), head)
+            if first is None or first.row is None:
+                return  # trimmed since: all of it is in the lake
+            page: list[KeyVersionRow] = []
+            async for revision in self._log.revisions(self._namespace, key, from_seq=first.row.seq):
+                if revision.row is None:
+                    continue
+                if revision.row.version >= before:
+                    break
+                page.append(revision.row)
+            for row in reversed(page):
+                if row.version < before - 1:
+                    return  # trimmed while it was read
+                if row.version < before:
+                    yield row
+                    before = row.version
 
     async def _oldest(self, key: str) -> KeyVersionRow | None:
-        async for revision in self._log.revisions(self._namespace, key):
+        async for revision in self._log.revisions(self._namespace, key, page=1):
             return revision.row
         return None
 
-    async def _long(self, key: str, before: int | None) -> AsyncIterator[KeyVersionRow]:
-        """A chain with a long hot part: what is not archived yet is read hot, the rest from the lake, page by page."""
-        archived = await self._cold.last(key)
-        floor, from_seq = (0, 1) if archived is None else (archived.version, archived.seq)
-        fresh = [
-            revision.row
-            async for revision in self._log.revisions(self._namespace, key, from_seq=from_seq)
-            if revision.row is not None and revision.row.version > floor
-        ]
-        for row in reversed(fresh):
-            if before is None or row.version < before:
-                yield row
-                before = row.version
-        async for row in self._archived(key, before):
-            yield row
+    async def _between(self, key: str, first: int, before: int | None) -> list[KeyVersionRow]:
+        """The archived versions from ``first`` on that are below ``before``, oldest first."""
+        rows: list[KeyVersionRow] = []
+        if before is None or before > first:
+            async for row in self._archived(key, before):
+                if row.version < first:
+                    break
+                rows.append(row)
+        return rows[::-1]
 
     async def _archived(self, key: str, before: int | None) -> AsyncIterator[KeyVersionRow]:
         while before is None or before > 1:
@@ -144,3 +135,7 @@ class KeyHistory:
             for row in page:
                 yield row
                 before = row.version
+
+    async def _may_be_cold(self) -> bool:
+        """Whether a key without a version in the hot tier may have some in the lake."""
+        return (await self._log.info()).heads_archived

@@ -24,17 +24,19 @@ class PrefixPolicies:
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._read: tuple[float, Policies] | None = None
+        self._reading = asyncio.Lock()
 
     async def get(self) -> Policies:
         """Returns the policies as they were at most ten seconds ago."""
-        now_s = asyncio.get_running_loop().time()
-        if self._read is None or now_s - self._read[0] > POLICIES_S:
-            try:
-                policies = decode_policies((await self._keys.get(POLICIES_KEY)).raw)
-            except NotFoundError:
-                policies = DEFAULT_POLICIES
-            self._read = now_s, policies
-        return self._read[1]
+        read = self._read
+        if read is None or not _is_fresh(read):
+            # Once for all writers that wait for them.
+            async with self._reading:
+                read = self._read
+                if read is None or not _is_fresh(read):
+                    now_s = asyncio.get_running_loop().time()
+                    self._read = read = now_s, await self._stored()
+        return read[1]
 
     async def set(self, prefix: str, policy: KeyPolicy | None) -> Policies:
         """Sets, or takes away, what holds for a prefix; returns all policies."""
@@ -46,10 +48,22 @@ class PrefixPolicies:
             prefixes = {name: kept for name, kept in policies.prefixes.items() if name != prefix}
             if policy is not None:
                 prefixes[prefix] = policy
-            return msgspec.to_builtins(msgspec.structs.replace(policies, prefixes=prefixes))
+            changed = msgspec.structs.replace(policies, prefixes=prefixes)
+            # A policy made in Python has not been checked; stored, a wrong one would stop every write of the namespace.
+            return msgspec.to_builtins(decode_policies(msgspec.json.encode(changed)))
 
         default = msgspec.to_builtins(DEFAULT_POLICIES)
         written = await self._keys.update(POLICIES_KEY, change, default=default, kind="policies")
         policies = decode_policies(written.raw)
         self._read = asyncio.get_running_loop().time(), policies
         return policies
+
+    async def _stored(self) -> Policies:
+        try:
+            return decode_policies((await self._keys.get(POLICIES_KEY)).raw)
+        except NotFoundError:
+            return DEFAULT_POLICIES
+
+
+def _is_fresh(read: tuple[float, Policies]) -> bool:
+    return asyncio.get_running_loop().time() - read[0] <= POLICIES_S

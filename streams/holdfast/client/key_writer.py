@@ -12,7 +12,8 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -251,6 +252,7 @@ class KeyWriter:
                     _fail(batch, UnavailableError("the write was abandoned while closing"))
         finally:
             del self._queues[key]
+            _fail(queue, UnavailableError("the write was abandoned while closing"))
 
     async def _write(self, key: str, batch: list[_Change]) -> None:
         """Gives every change of a batch its outcome."""
@@ -279,11 +281,20 @@ class KeyWriter:
         last = await self.last_row(key, head)
         at_ms = await self._clock.now_ms()
         live = is_live(last, at_ms)
-        base, context = await self._base(last if live else None, head, pending)
+        try:
+            base, context = await self._base(last if live else None, head, pending[0])
+        except HoldfastError as error:
+            # Those that begin with the body cannot be made; a change behind them may not need it.
+            self.forget(key)
+            _fail(takewhile(lambda change: change.needs_body, pending), error)
+            return True
         state = State(last, live, at_ms, context)
+        is_unread = live and not pending[0].needs_body
         steps: list[_Step] = []
         size = 0
         for change in pending:
+            if change.needs_body and is_unread and not steps:
+                break  # its turn comes with the body
             try:
                 draft = change.decide(state)
             except Exception as error:  # noqa: BLE001  whatever the caller's function raises is its caller's
@@ -292,7 +303,9 @@ class KeyWriter:
                     break
                 if remembered is not None:
                     return False
-                change.future.set_exception(error)
+                # A future does not take a StopIteration.
+                is_stop = isinstance(error, StopIteration)
+                change.future.set_exception(RuntimeError("a change raised StopIteration") if is_stop else error)
                 continue
             if draft is None:
                 if steps:
@@ -373,12 +386,12 @@ class KeyWriter:
         return (await self._bodies.store_chain([context], base))[0]
 
     async def _base(
-        self, last: KeyVersionRow | None, head: Head, pending: list[_Change]
+        self, last: KeyVersionRow | None, head: Head, change: _Change
     ) -> tuple[Grown | None, Context | None]:
-        """The body of the newest version: for changes that look at it, and for bodies that may share its parts."""
+        """The body of the newest version: for a change that looks at it, and for bodies that may share its parts."""
         if last is None or last.ref is None:
             return None, None
-        if any(change.needs_body for change in pending):
+        if change.needs_body:
             grown, tier = await self._bodies.load(last.ref, head.at)
             return grown, Context(grown.row, tier, self._ring)
         return self._bodies.known(last.ref), None
@@ -428,7 +441,7 @@ def _contended(key: str, lost: int) -> UnavailableError:
     )
 
 
-def _fail(batch: list[_Change], error: HoldfastError) -> None:
+def _fail(batch: Iterable[_Change], error: HoldfastError) -> None:
     for change in batch:
         if not change.future.done():
             change.future.set_exception(error)

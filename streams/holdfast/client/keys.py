@@ -5,24 +5,23 @@ from __future__ import annotations
 import asyncio
 import builtins
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import jsonpatch
 
-from holdfast.client import key_changes
-from holdfast.client.key_arguments import Ttl, check_moment_ms, check_tags, check_ttl_ms
+from holdfast.client import key_arguments, key_changes
+from holdfast.client.key_arguments import Ttl
 from holdfast.client.key_changes import UNCHANGED, Meta
 from holdfast.client.key_history import KeyHistory
 from holdfast.client.key_model import KeyValue, KeyVersion, is_live, is_tombstone
 from holdfast.client.key_policies import PrefixPolicies
 from holdfast.client.key_writer import Decide, KeyWriter, Written, absent
-from holdfast.client.merging import merge_patch
 from holdfast.client.model import Context
 from holdfast.client.watch import KeyWatch
 from holdfast.schemas.bodies import Body, encode_body
-from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, NotFoundError
+from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, NotFoundError, RetryError
 from holdfast.schemas.names import check_agent, check_key, check_kind
 from holdfast.schemas.policies import POLICIES_KEY, KeyPolicy, Policies
 from holdfast.streams.events import check_id_text
@@ -102,7 +101,7 @@ class Keys:
         decide = key_changes.put(
             key, context, meta, expected_version, policy, encrypt=bool(policy.encrypt) if encrypt is None else encrypt
         )
-        return self._value(await self._change(key, decide))
+        return await self._value(await self._change(key, decide))
 
     async def get(self, key: str, version: int | None = None, *, as_of: datetime | None = None) -> KeyValue:
         """Returns the newest version with its body; or that of a number; or the newest one at a time.
@@ -115,14 +114,14 @@ class Keys:
         if version is not None and as_of is not None:
             raise InvalidFieldError("version and as_of exclude each other", field="as_of", hint="give one of the two")
         if version is not None:
-            found = await self._history.version(key, version)
+            found = await self._history.version(key, key_arguments.check_version(version))
             if found is None or found.row is None:
                 raise NotFoundError(f"the key {key!r} has no version {version}", field="version")
             if is_tombstone(found.row):
                 raise NotFoundError(f"version {version} of {key!r} is a tombstone ({found.row.op})", field="version")
             return await self._loaded(found)
         if as_of is not None:
-            at_ms = check_moment_ms(as_of, "as_of")
+            at_ms = key_arguments.check_moment_ms(as_of, "as_of")
             found = await self._history.as_of(key, at_ms)
             if found.row is None or not is_live(found.row, at_ms):
                 raise NotFoundError(f"there was nothing under the key {key!r} at {as_of.isoformat()}", field="as_of")
@@ -144,6 +143,7 @@ class Keys:
         now = await self._clock.now_ms()
         heads = await self._log.heads(self._namespace, wanted)
         live = [key for key in wanted if key in heads and is_live(heads[key].row, now)]
+        await self._epoch()  # once, not by each of them
         values = await asyncio.gather(*(self._loaded(heads[key]) for key in live))
         return dict(zip(live, values, strict=True))
 
@@ -169,10 +169,9 @@ class Keys:
             raise InvalidBodyError(
                 f"a patch is an object, not {type(merge).__name__}", field="merge", hint="use put to replace a body"
             )
-        change = dict(merge)
         return await self.update(
             key,
-            lambda body: merge_patch(body, change),
+            key_changes.merged(merge),
             default={},
             expected_version=expected_version,
             tags=tags,
@@ -253,7 +252,7 @@ class Keys:
             kind=check_kind(kind),
             encrypt=encrypt,
         )
-        return self._value(await self._change(key, decide, needs_body=True))
+        return await self._value(await self._change(key, decide, needs_body=True))
 
     async def delete(
         self,
@@ -296,7 +295,7 @@ class Keys:
 
     async def history(
         self, key: str, *, before: int | None = None, limit: int | None = None
-    ) -> AsyncIterator[KeyVersion]:
+    ) -> AsyncGenerator[KeyVersion]:
         """Yields the versions of a key, hot and cold, newest first, each read when it is asked for.
 
         ``before``: only versions below that number.  Nothing for a key that was never written.  Raises
@@ -306,7 +305,9 @@ class Keys:
         left = math.inf if limit is None else limit
         if left <= 0:
             return
-        async for row in self._history.newest_first(key, before):
+        async for row in self._history.newest_first(
+            key, None if before is None else key_arguments.check_version(before, "before")
+        ):
             yield await self._version(row)
             left -= 1
             if left <= 0:
@@ -330,13 +331,13 @@ class Keys:
         tags: Iterable[str] = (),
         session: str | None = None,
         agent: str | None = None,
-    ) -> AsyncIterator[KeyVersion]:
+    ) -> AsyncGenerator[KeyVersion]:
         """Yields the newest version of every key that begins with ``prefix`` and has a body, in order of key.
 
         ``tags``: of those that have all of these; ``session``, ``agent``: of those written so last.
         """
-        wanted = frozenset(tags)
-        keys = await self._log.keys(self._namespace, prefix)
+        wanted = frozenset(key_arguments.check_tags(tags))
+        keys = await self._log.keys(self._namespace, key_arguments.check_prefix(prefix))
         for start in range(0, len(keys), _PAGE):
             page = keys[start : start + _PAGE]
             heads = await self._log.heads(self._namespace, page)
@@ -401,7 +402,7 @@ class Keys:
         decisions = key_changes.commit(
             self._namespace,
             bodies,
-            tuple(deletes),
+            deletes,
             expected or {},
             meta,
             await self.policies(),
@@ -455,12 +456,12 @@ class Keys:
         agent: str | None,
     ) -> Meta:
         return Meta(
-            tags=None if tags is None else check_tags(tags),
+            tags=None if tags is None else key_arguments.check_tags(tags),
             session_id=None if session is None else check_id_text(session, "session"),
             agent_id=self._agent if agent is None else check_agent(agent),
             changed_by=None if changed_by is None else check_id_text(changed_by, "changed_by"),
             change_type=None if change_type is None else check_id_text(change_type, "change_type"),
-            ttl_ms=check_ttl_ms(ttl),
+            ttl_ms=key_arguments.check_ttl_ms(ttl),
         )
 
     async def _earlier(self, from_version: int, key: str) -> AsyncIterator[KeyVersion]:
@@ -480,15 +481,18 @@ class Keys:
         grown, tier = await self._bodies.load(row.ref)
         return Context(grown.row, tier, self._ring)
 
-    def _value(self, written: Written) -> KeyValue:
+    async def _value(self, written: Written) -> KeyValue:
         assert written.context is not None
-        return KeyValue(written.row, self._load, written.context)
+        return KeyValue(written.row, self._load, written.context, epoch=await self._epoch())
 
     async def _version(self, row: KeyVersionRow) -> KeyVersion:
         return KeyVersion(row, self._load, epoch=await self._epoch())
 
     async def _epoch(self) -> str:
-        return (await self._writer.info()).epoch
+        try:
+            return (await self._writer.info()).epoch
+        except RetryError:
+            return ""  # a position is told where it is known: what was read or written stands without it
 
 
 __all__ = ["UNCHANGED", "Keys", "Ttl"]

@@ -103,7 +103,7 @@ class Holdfast:
             namespace,
             agent,
             log=KeyLog(connection, replicas=replicas),
-            bodies=GrowingBodies(namespace, self._hot, self._reader, self.cache),
+            bodies=GrowingBodies(namespace, self._hot, self._reader, self.cache, cache_bytes=cache_bytes),
             cold=RemoteColdKeys(self._resolver, namespace),
             clock=ServerClock(connection),
             ring=self.key_ring,

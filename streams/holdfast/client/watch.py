@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from holdfast.client.key_arguments import check_prefix
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, RetryError
 from holdfast.streams.decode import decode_key_version
 from holdfast.streams.follow import StreamFollower
+from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import KEYS_STREAM, key_filter, key_subject
 
@@ -26,7 +28,9 @@ class KeyWatch:
 
     Changes come in the order of the stream.  A change may come twice (after ``initial`` or ``from_version``, and when
     the stream began anew), none is left out but those that were superseded and trimmed while nobody looked.  What is
-    no version (a foreign message) is passed over.  Not for two tasks at once.
+    no version (a foreign message) is passed over.  A cancel of ``anext``, such as a time-out, loses nothing.  Not for
+    two tasks at once, but for :meth:`close`, which ends the iteration of another.  One that is not closed listens until
+    the client is.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class KeyWatch:
         if sum((after is not None, from_version is not None, initial)) > 1:
             raise InvalidFieldError("give one of after, from_version and initial", field="after")
         self._connection = connection
-        self._prefix = prefix
+        self._prefix = check_prefix(prefix)
         self._after = None if after is None else _parse_position(after)
         self._from_version = from_version
         self._initial = initial
@@ -57,6 +61,8 @@ class KeyWatch:
         self._follower: StreamFollower | None = None
         self._waiting: deque[KeyVersion] = deque()
         self._before: AsyncIterator[KeyVersion] | None = None
+        self._given: KeyVersion | None = None
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         await self._start()
@@ -72,12 +78,15 @@ class KeyWatch:
 
     async def __anext__(self) -> KeyVersion:
         """Waits for the next change, for ever if need be; a server that is away is waited for."""
+        if self._is_closed:
+            raise StopAsyncIteration
         follower = await self._start()
-        if self._before is not None:
-            async for version in self._before:
-                return version
-            self._before = None
+        before = await self._next_before()
+        if before is not None:
+            return before
         while not self._waiting:
+            if self._is_closed:
+                raise StopAsyncIteration
             for message in await follower.next_messages(limit=_READ):
                 try:
                     row = decode_key_version(message)
@@ -92,33 +101,65 @@ class KeyWatch:
         return self._waiting.popleft()
 
     async def close(self) -> None:
-        """Ends the watch; harmless when called twice."""
+        """Ends the watch: the iteration stops.  Harmless when called twice."""
+        self._is_closed = True
         follower, self._follower = self._follower, None
         if follower is not None:
             await follower.close()
 
     async def _start(self) -> StreamFollower:
         if self._follower is None:
-            info = await stream_info(self._connection, KEYS_STREAM)
+            info = await call_with_retry(lambda: stream_info(self._connection, KEYS_STREAM), deadline_s=READ_DEADLINE_S)
             next_seq = info.last_seq + 1
             if self._after is not None:
                 epoch, seq = self._after
                 # A position in another life of the stream: everything of this one may be new to the caller.
                 next_seq = seq + 1 if epoch == info.epoch else max(1, info.first_seq)
-            self._follower = StreamFollower(self._connection, KEYS_STREAM, self._subject, next_seq)
-            await self._follower.open()
+            follower = StreamFollower(self._connection, KEYS_STREAM, self._subject, next_seq, epoch=info.epoch)
+            try:
+                await follower.open()
+            except BaseException:
+                await follower.close()
+                raise
             # Read after the place to go on from was taken: what changes in between comes twice, not never.
-            if self._initial:
-                self._before = self._present()
-            elif self._from_version is not None:
-                self._before = self._earlier(self._from_version, self._prefix)
+            self._follower = follower
+            self._before = self._earlier_versions()
         return self._follower
 
+    async def _next_before(self) -> KeyVersion | None:
+        """The next of the versions from before the watch began; None when all have been given."""
+        if self._before is None:
+            return None
+        try:
+            version = await anext(self._before, None)
+        except BaseException:
+            # The generator ends with what passes through it; what it has not given yet is read again.
+            self._before = self._earlier_versions()
+            raise
+        if version is None:
+            self._before = None
+        else:
+            self._given = version
+        return version
 
-def _parse_position(text: str) -> tuple[str, int]:
-    epoch, _, seq = text.rpartition(":")
+    def _earlier_versions(self) -> AsyncIterator[KeyVersion] | None:
+        if self._initial:
+            return self._present_after(self._given)
+        if self._from_version is not None:
+            number = self._from_version if self._given is None else self._given.version + 1
+            return self._earlier(number, self._prefix)
+        return None
+
+    async def _present_after(self, given: KeyVersion | None) -> AsyncIterator[KeyVersion]:
+        async for version in self._present():
+            if given is None or version.key > given.key:
+                yield version
+
+
+def _parse_position(text: object) -> tuple[str, int]:
+    epoch, _, seq = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not epoch or not (seq.isascii() and seq.isdigit() and len(seq) <= 19):
         raise InvalidFieldError(
-            f"{text[:60]!r} is not a position", field="after", hint="take it from a version's position"
+            f"{repr(text)[:60]} is not a position", field="after", hint="take it from a version's position"
         )
     return epoch, int(seq)

@@ -8,6 +8,8 @@ Hf-Type     the content type                                ``application/json``
 Hf-Exp      expiry, integer milliseconds since 1970 UTC     there is none
 Hf-Enc      ``zstd``: the payload is one zstd frame         stored as it is
 Hf-Form     ``manifest`` or ``chunk``                       the payload is the whole body
+Hf-Parts    of a chunk that was put together: the stored    it was not
+            chunks it begins with, ``digest:size,…``
 Hf-V        format version, when it is not 1                1
 ==========  ==============================================  ==================================
 
@@ -41,7 +43,7 @@ from holdfast.schemas.names import CHUNK_KIND, check_kind
 from holdfast.schemas.refs import JSON, Digest, compute_digest, is_digest
 from holdfast.schemas.rows import ContextRow, Form
 from holdfast.streams.sharing import Part, Piece, Shape
-from holdfast.streams.wire import H_ENCODING, H_EXPIRES, H_FORM, H_KIND, H_TYPE, H_VERSION
+from holdfast.streams.wire import H_ENCODING, H_EXPIRES, H_FORM, H_KIND, H_PARTS, H_TYPE, H_VERSION
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -120,7 +122,8 @@ def seal_shared(
         if digest is None:
             chunk = body[piece.start : piece.end]
             digest = compute_digest(namespace, CHUNK_KIND, chunk, content_type=BINARY)
-            forms[digest] = StoredForm(digest, *_compressed(_CHUNK_HEADERS, chunk, over=_COMPRESS_CHUNK_OVER_BYTES))
+            chunk_headers = _CHUNK_HEADERS | ({H_PARTS: _list_parts(piece.of)} if len(piece.of) > 1 else {})
+            forms[digest] = StoredForm(digest, *_compressed(chunk_headers, chunk, over=_COMPRESS_CHUNK_OVER_BYTES))
         parts.append(Part(digest, piece.size))
     manifest = Manifest(
         size=len(body),
@@ -134,6 +137,21 @@ def seal_shared(
     # Digests are five bits a character: a list of some is stored in two thirds.
     head = StoredForm(digest, *_compressed(headers, payload, over=_COMPRESS_CHUNK_OVER_BYTES))
     return list(forms.values()), head, Shape(tuple(parts))
+
+
+def _list_parts(parts: Sequence[Part]) -> str:
+    return ",".join(f"{part.digest}:{part.size}" for part in parts)
+
+
+def _listed_parts(text: str | None) -> tuple[tuple[Digest, int], ...]:
+    """What a chunk says it begins with; nothing when that does not read: it is not needed to read the chunk."""
+    parts: list[tuple[Digest, int]] = []
+    for item in () if text is None else text.split(","):
+        digest, _, size = item.partition(":")
+        if not (is_digest(digest) and size.isascii() and size.isdigit() and len(size) < 8):
+            return ()
+        parts.append((Digest(digest), int(size)))
+    return tuple(parts)
 
 
 def _headers(kind: str, content_type: str, expires_at_ms: int | None) -> dict[str, str]:
@@ -198,6 +216,7 @@ def unseal(
         seq=seq,
         form=form,
         expires_at_ms=expires_at_ms,
+        parts=_listed_parts(headers.get(H_PARTS)) if form == "chunk" else (),
     )
 
 
@@ -209,11 +228,12 @@ def inflate(headers: Mapping[str, str], payload: bytes) -> bytes:
 def reseal(row: ContextRow) -> tuple[dict[str, str], bytes]:
     """Returns headers and payload of a row as the hot tier would hold them: how the resolver hands on a cold one."""
     headers = _headers(row.kind, row.content_type, row.expires_at_ms)
-    if row.form == "manifest":
-        return headers | {H_FORM: "manifest"}, row.body
-    if row.form == "chunk":
-        headers[H_FORM] = "chunk"
-    return _compressed(headers, row.body)
+    if row.form == "plain":
+        return _compressed(headers, row.body)
+    headers[H_FORM] = row.form
+    if len(row.parts) > 1:
+        headers[H_PARTS] = _list_parts([Part(digest, size) for digest, size in row.parts])
+    return _compressed(headers, row.body, over=_COMPRESS_CHUNK_OVER_BYTES)
 
 
 def decode_manifest(body: bytes) -> Manifest:

@@ -14,6 +14,7 @@ import nats.errors
 
 from holdfast.schemas.errors import GapError, RetryError
 from holdfast.streams.pull import StreamReader
+from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import stream_info
 
 if TYPE_CHECKING:
@@ -33,14 +34,17 @@ _AGAIN_S: Final = 0.2
 class StreamFollower:
     """Follows the subjects of one stream.  Not safe for two readers at once.
 
-    ``filter_subject`` may hold wildcards.  A stream that began anew is followed from its beginning.
+    ``filter_subject`` may hold wildcards.  ``next_seq`` counts in the stream's life ``epoch``; one that began anew is
+    followed from its beginning.
     """
 
-    def __init__(self, connection: Connection, stream: str, filter_subject: str, next_seq: int) -> None:
+    def __init__(self, connection: Connection, stream: str, filter_subject: str, next_seq: int, *, epoch: str) -> None:
         self._connection = connection
         self._stream = stream
         self._filter = filter_subject
         self._reader = StreamReader(connection, stream, next_seq, allow_gaps=True, filter_subject=filter_subject)
+        self._epoch = epoch
+        self._is_closed = False
         self._something = asyncio.Event()
         self._subscription: Subscription | None = None
 
@@ -48,10 +52,20 @@ class StreamFollower:
         """Begins to listen."""
         self._subscription = await self._connection.client.subscribe(self._filter, cb=self._on_message)
         self._connection.on_reconnect.append(self._something.set)
+        # Nothing is read yet, but from now on the reader knows in which life of the stream it stands.
+        reader = self._reader
+        _, info = await call_with_retry(
+            lambda: reader.read(limit=1, up_to=reader.next_seq - 1), deadline_s=READ_DEADLINE_S
+        )
+        if info.epoch != self._epoch:
+            await self._begin_anew()
 
     async def next_messages(self, *, limit: int) -> list[StoredMessage]:
-        """Waits for messages and returns them, at least one, in order.  An unreachable server is waited for."""
-        while True:
+        """Waits for messages and returns them, at least one, in order; none once it is closed.
+
+        An unreachable server is waited for.
+        """
+        while not self._is_closed:
             self._something.clear()
             try:
                 messages, _ = await self._reader.read(limit=limit)
@@ -69,9 +83,12 @@ class StreamFollower:
                     await self._something.wait()
             except TimeoutError:
                 pass  # time to look
+        return []
 
     async def close(self) -> None:
-        """Ends the subscription and drops the consumer."""
+        """Ends the subscription and drops the consumer; who waits for messages gets none."""
+        self._is_closed = True
+        self._something.set()
         if self._something.set in self._connection.on_reconnect:
             self._connection.on_reconnect.remove(self._something.set)
         try:
@@ -85,10 +102,10 @@ class StreamFollower:
 
     async def _begin_anew(self) -> None:
         """The stream was created anew, or another life of it began: nothing of the old position holds."""
-        await self._reader.close()
         try:
+            await self._reader.close()
             info = await stream_info(self._connection, self._stream)
-        except (RetryError, GapError):
+        except (RetryError, GapError, nats.errors.Error):
             await asyncio.sleep(_AGAIN_S)
             return
         self._reader = StreamReader(

@@ -48,6 +48,12 @@ _NO_MESSAGE: Final = 10037
 _PAGE: Final = 500
 """Revisions read at once: some 150 KB."""
 
+_LOOK: Final = 32
+"""Revisions read at once where one of them is looked for."""
+
+_BACK: Final = (64, 4_096, 262_144)
+"""How far below something foreign the newest version is looked for, before the whole chain is read."""
+
 
 class Head(msgspec.Struct, frozen=True):
     """The end of a chain.
@@ -128,29 +134,54 @@ class KeyLog:
             if not subjects or offset >= answer.get("total", 0):
                 return sorted(found)
 
-    async def count(self, namespace: str, key: str) -> int:
-        """Returns how many revisions of a key the bucket holds."""
-        subject = key_subject(namespace, key)
-        request = {"subjects_filter": subject}
-        answer = await call_with_retry(
-            partial(self._connection.api, f"STREAM.INFO.{KEYS_STREAM}", request), deadline_s=READ_DEADLINE_S
-        )
-        subjects: dict[str, int] = answer["state"].get("subjects") or {}
-        return subjects.get(subject, 0)
-
-    async def revisions(self, namespace: str, key: str, *, from_seq: int = 1) -> AsyncIterator[Head]:
-        """Yields the versions of a key that the bucket holds, oldest first, from a sequence on."""
+    async def revisions(self, namespace: str, key: str, *, from_seq: int = 1, page: int = _PAGE) -> AsyncIterator[Head]:
+        """Yields the versions of a key that the bucket holds, oldest first, from a sequence on, in pages."""
         subject = key_subject(namespace, key)
         seq = from_seq
         while True:
-            messages = await self._batch({"next_by_subj": subject, "batch": _PAGE, "seq": max(1, seq)})
+            messages = await self._batch({"next_by_subj": subject, "batch": page, "seq": max(1, seq)})
             for message in messages:
                 head = _decoded(message)
                 if head is not None:
                     yield head
-            if len(messages) < _PAGE:
+            if len(messages) < page:
                 return
             seq = messages[-1].seq + 1
+
+    async def version(self, namespace: str, key: str, number: int, newest: Head) -> Head | None:
+        """Returns the version of a number, or None when the bucket does not hold it.
+
+        ``newest`` is the end of the chain.  Numbers ascend with sequences, so a few looks find it, however long the
+        chain is: in turns where it should stand if the versions were evenly spread, and in the middle of what is left.
+        """
+        if newest.row is None or number >= newest.row.version:
+            return newest if newest.row is not None and number == newest.row.version else None
+        # It stands at low_seq or above, and below high_seq; below low_seq stands low and what is older.
+        low_seq, low = 1, 0
+        high_seq, high = newest.row.seq, newest.row.version
+        looks = 0
+        while low_seq < high_seq:
+            span = high_seq - low_seq
+            if not looks or span <= _LOOK:
+                seq = low_seq
+            elif looks % 2:
+                seq = max(low_seq, low_seq + span * (number - low - 1) // (high - low) - _LOOK // 2)
+            else:
+                seq = low_seq + span // 2
+            looks += 1
+            found = await self._look(namespace, key, seq)
+            for head, row in found:
+                if row.version == number:
+                    return head
+            if not found or number < found[0][1].version:
+                if seq == low_seq:
+                    return None
+                high_seq, high = seq, found[0][1].version if found else high
+            elif number > found[-1][1].version:
+                low_seq, low = found[-1][1].seq + 1, found[-1][1].version
+            else:
+                return None
+        return None
 
     async def as_of(self, namespace: str, key: str, at_ms: int) -> Head:
         """Returns the end of a key's chain as it was at a time of the server's, as far as the bucket still holds it."""
@@ -227,9 +258,24 @@ class KeyLog:
         # Something foreign was put on the subject: the chain goes on from the newest version before it.
         namespace, key = parse_key_subject(subject)
         newest = Head()
-        async for revision in self.revisions(namespace, key):
-            newest = revision
-        return msgspec.structs.replace(newest, last_seq=message.seq)
+        for back in (*_BACK, message.seq):
+            async for revision in self.revisions(namespace, key, from_seq=message.seq - back):
+                newest = revision
+            if newest.row is not None or back >= message.seq:
+                break
+        return msgspec.structs.replace(newest, last_seq=max(newest.last_seq, message.seq))
+
+    async def _look(self, namespace: str, key: str, from_seq: int) -> list[tuple[Head, KeyVersionRow]]:
+        """The first versions from a sequence on, a few of them; none when there are none."""
+        request = {"next_by_subj": key_subject(namespace, key), "batch": _LOOK, "seq": from_seq}
+        messages = await self._batch(request)
+        found = [(head, head.row) for head in map(_decoded, messages) if head is not None and head.row is not None]
+        if found or len(messages) < _LOOK:
+            return found
+        # Nothing but what is foreign: the next version stands somewhere behind it.
+        async for head in self.revisions(namespace, key, from_seq=messages[-1].seq + 1):
+            return [] if head.row is None else [(head, head.row)]
+        return []
 
     async def _last(self, subject: str) -> StoredMessage | None:
         message = await self._connection.lean.request(f"{_DIRECT}.{subject}")

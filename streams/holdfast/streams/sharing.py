@@ -15,6 +15,7 @@ Everything here is pure: bytes and lists in, lists out.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Final
 
@@ -26,10 +27,10 @@ from holdfast.schemas.refs import Digest
 SHARE_OVER_BYTES: Final = 2 * limits.KIB
 """Bodies up to this are stored whole: a part and a manifest of their own would cost more than they save."""
 
-FAN_OUT: Final = 8
+FAN_OUT: Final = 4
 """Neighbouring parts of one size class that are put together."""
 
-FIRST_CLASS_BYTES: Final = 512
+FIRST_CLASS_BYTES: Final = 1 * limits.KIB
 """Parts below this are of the first class; each further class is ``FAN_OUT`` times as large."""
 
 PART_BYTES: Final = 256 * limits.KIB
@@ -41,8 +42,12 @@ _TAIL_BYTES: Final = 512
 _FOUND_BYTES: Final = 64
 """Parts below this are not looked for elsewhere than in the common beginning and end."""
 
-_MISSES: Final = 16
-"""How many parts in a row may be looked for in vain: each search may read the whole body."""
+_SLACK_BYTES: Final = 1 * limits.KIB
+"""A part is looked for so far around the place where it is expected, and only then elsewhere."""
+
+_SEARCHES: Final = 6
+"""How often in all the body may be read for parts that are elsewhere: a body of many lost parts is planned in linear
+time too."""
 
 _LONGEST_RUN: Final = 32
 """A run of so many parts is put together however small they are."""
@@ -74,6 +79,8 @@ class Piece(msgspec.Struct, frozen=True):
     start: int
     end: int
     digest: Digest | None = None
+    of: tuple[Part, ...] = ()
+    """Of a piece that was put together: the stored parts that it begins with, in order; the rest of it is new."""
 
     @property
     def size(self) -> int:
@@ -89,9 +96,11 @@ def plan_parts(body: bytes, old_body: bytes = b"", old_shape: Shape | None = Non
     """
     prefix = common_prefix(old_body, body)
     suffix = common_suffix(old_body, body, at_most=min(len(old_body), len(body)) - prefix)
-    kept, cuts = _kept(body, old_body, old_shape or Shape(), prefix, suffix)
-    end = _tail_start(body, kept, suffix)
-    return _merged(_filled(kept, end, cuts), grown_at=kept[-1].end if kept else 0)
+    kept, cuts, old_end = _kept(body, old_body, old_shape or Shape(), prefix, suffix)
+    kept_end = kept[-1].end if kept else 0
+    changed = len(old_body) - old_end - common_prefix(old_body[old_end:], body[kept_end:])
+    end = _tail_start(body, kept_end, suffix, changed)
+    return _merged(_filled(kept, end, cuts), grown_at=kept_end)
 
 
 def is_growth(old_body: bytes, body: bytes) -> bool:
@@ -100,7 +109,7 @@ def is_growth(old_body: bytes, body: bytes) -> bool:
     suffix = common_suffix(old_body, body, at_most=min(len(old_body), len(body)) - prefix)
     if 2 * (prefix + suffix) >= len(old_body):
         return True
-    ends = _match_within(body, 0, old_body, 0, len(old_body))
+    ends = _match_within(_Finder(body), 0, 0, old_body, 0, len(old_body))
     return bool(ends) and 2 * (max(ends) - min(ends)) >= len(old_body)
 
 
@@ -129,57 +138,79 @@ def common_suffix(one: bytes, other: bytes, *, at_most: int) -> int:
     return low
 
 
-def _kept(body: bytes, old_body: bytes, shape: Shape, prefix: int, suffix: int) -> tuple[list[Piece], set[int]]:
-    """The old parts that the new body holds too, in order, and the places where old and new part."""
+def _kept(body: bytes, old_body: bytes, shape: Shape, prefix: int, suffix: int) -> tuple[list[Piece], set[int], int]:
+    """The old parts that the new body holds too, in order; the places where old and new part; and where in the old body
+    the last of these parts ended."""
     kept: list[Piece] = []
     cuts = {prefix, len(body) - suffix}
-    shift = len(body) - len(old_body)
-    cursor = start = misses = 0
+    finder = _Finder(body)
+    cursor = start = shift = old_end = 0
     for part in shape.parts:
         end = start + part.size
         if end <= prefix:
             found = start
         elif start >= len(old_body) - suffix:
-            found = start + shift
-        elif part.size >= _FOUND_BYTES and misses < _MISSES:
-            found = body.find(old_body[start:end], cursor)
+            found = start + len(body) - len(old_body)
+        elif part.size >= _FOUND_BYTES:
+            found = finder.find(old_body[start:end], cursor, start + shift)
             if found < 0:
-                misses += 1
-                cuts |= _match_within(body, cursor, old_body, start, end)
-            else:
-                misses = 0
+                cuts |= _match_within(finder, cursor, shift, old_body, start, end)
         else:
             found = -1
         if found >= cursor:
             kept.append(Piece(found, found + part.size, part.digest))
             cursor = found + part.size
+            shift, old_end = found - start, end
         start = end
-    return kept, cuts
+    return kept, cuts, old_end
 
 
-def _match_within(body: bytes, cursor: int, old_body: bytes, start: int, end: int) -> set[int]:
+class _Finder:
+    """Looks for what an old body held in the new one, first where it is expected; what it reads is bounded."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self._left = _SEARCHES * len(body)
+
+    def find(self, wanted: bytes, cursor: int, expected: int) -> int:
+        """Returns where ``wanted`` stands at or after ``cursor``, or -1 when it was not found."""
+        near = max(cursor, expected - _SLACK_BYTES)
+        found = self.body.find(wanted, near, near + len(wanted) + 2 * _SLACK_BYTES)
+        if found < 0 and self._left > 0:
+            found = self.body.find(wanted, cursor)
+            self._left -= (len(self.body) if found < 0 else found) - cursor
+        return found
+
+
+def _match_within(finder: _Finder, cursor: int, shift: int, old_body: bytes, start: int, end: int) -> set[int]:
     """The ends of the stretch around an old part's middle that the new body holds too.
 
     The part is lost, since it has changed somewhere; cut there, what has not changed is a part that is found next time.
     """
     middle = (start + end) // 2
     anchor = old_body[middle : middle + _FOUND_BYTES // 2]
-    found = body.find(anchor, cursor)
+    found = finder.find(anchor, cursor, middle + shift)
     if found < 0:
         return set()
+    body = finder.body
     before = common_suffix(old_body[start:middle], body[cursor:found], at_most=min(middle - start, found - cursor))
     after = common_prefix(old_body[middle:end], body[found : found + end - middle])
     return {found - before, found + after}
 
 
-def _tail_start(body: bytes, kept: Sequence[Piece], suffix: int) -> int:
-    """Where the tail begins: with the common end when that is short, else with the closing brackets."""
-    floor = max(kept[-1].end if kept else 0, len(body) - _TAIL_BYTES)
-    start = len(body) - suffix
-    if not suffix or start < floor:
+def _tail_start(body: bytes, kept_end: int, suffix: int, changed: int) -> int:
+    """Where the tail begins: what stands behind a list that grows is not to be in the part before it.
+
+    So it is as long as the end that the old body had and this one has not (``changed``); when that says nothing, as
+    long as the common end; else it is the closing brackets.
+    """
+    floor = max(kept_end, len(body) - _TAIL_BYTES)
+    start = len(body) - (changed or suffix)
+    if start < floor:
         start = len(body)
-        while start > floor and body[start - 1] in _CLOSING:
-            start -= 1
+    # A counter behind the list may have become a digit longer: its brackets go with it.
+    while start > floor and body[start - 1] in _CLOSING:
+        start -= 1
     # Not within a character of UTF-8.
     while start < len(body) and body[start] & 0xC0 == 0x80:
         start += 1
@@ -189,10 +220,13 @@ def _tail_start(body: bytes, kept: Sequence[Piece], suffix: int) -> int:
 def _filled(kept: Sequence[Piece], end: int, cuts: set[int]) -> list[Piece]:
     """The kept pieces, and new ones in the gaps between them, cut where the old and the new body part."""
     pieces: list[Piece] = []
+    ordered = sorted(cuts)
     at = 0
     for piece in [*kept, None]:
         gap_end = end if piece is None else piece.start
-        for cut in sorted({cut for cut in cuts if at < cut < gap_end} | {gap_end}):
+        # What little of the old tail stands before what has grown goes with it.
+        first_cut = at if piece is not None else at + _FOUND_BYTES
+        for cut in [*ordered[bisect_right(ordered, first_cut) : bisect_left(ordered, gap_end)], gap_end]:
             while at < cut:
                 stop = min(cut, at + PART_BYTES)
                 pieces.append(Piece(at, stop))
@@ -210,10 +244,12 @@ def _merged(pieces: list[Piece], *, grown_at: int) -> list[Piece]:
     """
     ceiling = FIRST_CLASS_BYTES
     while ceiling <= PART_BYTES:
+        # Two of half a part and more would not make one.
+        below = min(ceiling, PART_BYTES // 2)
         merged: list[Piece] = []
         run: list[Piece] = []
         for piece in pieces:
-            if piece.size < ceiling and (piece.digest is not None or piece.start >= grown_at):
+            if piece.size < below and (piece.digest is not None or piece.start >= grown_at):
                 run.append(piece)
                 continue
             merged += [*_joined(run, ceiling), piece]
@@ -231,9 +267,28 @@ def _joined(run: list[Piece], ceiling: int) -> list[Piece]:
     if len(run) < FAN_OUT or (run[-1].end - run[0].start < ceiling and len(run) < _LONGEST_RUN):
         return run
     joined: list[Piece] = []
-    start = run[0].start
-    for piece, following in zip(run, [*run[1:], None], strict=True):
-        if following is None or following.end - start > PART_BYTES:
-            joined.append(Piece(start, piece.end))
-            start = piece.end
-    return joined
+    group: list[Piece] = []
+    for piece in run:
+        if group and piece.end - group[0].start > PART_BYTES:
+            joined.append(_whole(group))
+            group = []
+        group.append(piece)
+    # What is left over waits for its next neighbours, for the same reason.
+    return [*joined, *group] if joined else [_whole(group)]
+
+
+def _whole(group: list[Piece]) -> Piece:
+    return group[0] if len(group) == 1 else Piece(group[0].start, group[-1].end, of=_stored_in(group))
+
+
+def _stored_in(group: list[Piece]) -> tuple[Part, ...]:
+    """The stored parts that neighbours begin with, up to the first bytes that are new."""
+    parts: list[Part] = []
+    for piece in group:
+        if piece.digest is not None:
+            parts.append(Part(piece.digest, piece.size))
+            continue
+        parts += piece.of
+        if sum(part.size for part in piece.of) != piece.size:
+            break
+    return tuple(parts)

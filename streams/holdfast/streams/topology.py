@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 from typing import Any, Final
 
 import msgspec
@@ -42,8 +42,8 @@ _NS: Final = 1_000_000_000
 
 class StreamInfo(msgspec.Struct, frozen=True):
     """What a stream said of itself.  ``epoch`` names this life of the stream, which began at ``epoch_start``: what
-    stands before belongs to an earlier one, and is archived.  ``heads_archived``: whether heads may have left it, of the
-    bucket of keys."""
+    stands before belongs to an earlier one, and is archived.  ``heads_archived``, of the bucket of keys: whether heads
+    may have left it."""
 
     name: str
     epoch: str
@@ -203,6 +203,43 @@ async def begin_epoch(connection: Connection, name: str, start: int) -> StreamIn
         extra={"action": "epoch_begun", "stream": name, "epoch": epoch, "start": start},
     )
     return _info(answer)
+
+
+async def mark_heads_archived(connection: Connection) -> StreamInfo:
+    """Writes into the keys stream's metadata that heads may have left it, and returns its state.
+
+    From then on, whoever finds a key without a head asks the lake.  Doing it again changes nothing.
+    """
+    config: dict[str, Any] = (await connection.api(f"STREAM.INFO.{KEYS_STREAM}"))["config"]
+    metadata = config.get("metadata", {}) | {HEADS_ARCHIVED_KEY: "1"}
+    answer = await connection.api(f"STREAM.UPDATE.{KEYS_STREAM}", config | {"metadata": metadata})
+    logger.info("heads of keys may be in the lake alone", extra={"action": "heads_archived", "stream": KEYS_STREAM})
+    return _info(answer)
+
+
+async def purge_subject(connection: Connection, name: str, subject: str, seq: int) -> int:
+    """Removes every message of one subject below a sequence; returns how many went.
+
+    ``subject`` is exact.  Never ``keep``: it would take away what was written since the caller looked.
+    """
+    request = {"filter": subject, "seq": seq}
+    return int((await connection.api(f"STREAM.PURGE.{name}", request, timeout_s=PURGE_S))["purged"])
+
+
+async def subject_counts(connection: Connection, name: str) -> AsyncIterator[dict[str, int]]:
+    """Yields the subjects of a stream with the number of messages each holds, a page at a time.
+
+    A subject that appears meanwhile may be left out, or come twice.
+    """
+    offset = 0
+    while True:
+        answer = await connection.api(f"STREAM.INFO.{name}", {"subjects_filter": ">", "offset": offset})
+        subjects: dict[str, int] = answer["state"].get("subjects") or {}
+        if subjects:
+            yield subjects
+        offset += len(subjects)
+        if not subjects or offset >= answer.get("total", 0):
+            return
 
 
 async def first_seq_since(connection: Connection, name: str, at_ms: int) -> int | None:

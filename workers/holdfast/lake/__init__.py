@@ -7,6 +7,7 @@ protocol.  ``pip install holdfast[lake]`` is enough for :func:`connect`; the ind
 For readers::
 
     connect(path, nats_url=None, *, tail=None, index=None, config=None) -> Connection  # .execute .sql .cursor .pinned
+    # views contexts, events, key_versions, contexts_stored, current_keys; keys_as_of(moment), get_context_stats()
     query_events(connection, EventFilter(...), since_ms=, until_ms=, limit=, cursor=) -> EventPage
 
 For the archiver, the compactor and the janitor::
@@ -31,6 +32,7 @@ For the resolver and for deduplication::
     index.find_contexts(digests) / find_events([(namespace, id)]) / find_key_versions([(namespace, key, version)])
         -> dict[..., Position]
     index.last_key_version(namespace, key) -> tuple[int, Position] | None
+    index.key_versions_before(namespace, key, version, limit) -> list[tuple[int, Position]]
     Lookup(lake, index).get_contexts(digests) -> dict[Digest, ContextRow]     # manifests as stored
                        .get_body(digest) -> tuple[ContextRow, bytes] | None   # chunks joined and verified
                        .join(manifest_row) -> bytes

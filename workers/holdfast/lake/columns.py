@@ -39,6 +39,17 @@ ROWS_PER_GROUP: Final = 2_000
 BODY_BYTES_PER_GROUP: Final = 2 * 1024 * 1024
 """Most bytes of bodies in a row group, for the same reason; a larger body has a group of its own."""
 
+COMPACTED_BODY_BYTES_PER_GROUP: Final = 8 * 1024 * 1024
+"""The same in a compacted file (ADR 9).  Bodies that repeat each other, as the parts of growing conversations do, are
+compressed together only within a row group; reading one then takes 2.5 ms instead of 1."""
+
+LEVEL: Final = 3
+"""The level of zstd in files just archived: the archiver waits for it."""
+
+COMPACTED_LEVEL: Final = 9
+"""The same in compacted files: a tenth smaller for twice the time, and nobody waits.  Above it the time grows tenfold
+for 2 %."""
+
 Storage = Literal["dictionary", "delta", "uuid", "reference", "bytes", "plain"]
 
 _ENCODINGS: Final[dict[Storage, str]] = {
@@ -147,12 +158,14 @@ def delta_schema(table: Table) -> Schema:
 
 
 @cache
-def parquet_options(table: Table) -> dict[str, Any]:
+def parquet_options(table: Table, *, compacted: bool = False) -> dict[str, Any]:
     """Returns the keyword arguments of ``pyarrow.parquet.ParquetWriter`` for a table's files."""
     columns = COLUMNS[table]
     return {
         "compression": "zstd",
-        "compression_level": 3,
+        "compression_level": COMPACTED_LEVEL if compacted else LEVEL,
+        # A page is compressed by itself: one holds all bodies of a row group.
+        "data_page_size": COMPACTED_BODY_BYTES_PER_GROUP if compacted else BODY_BYTES_PER_GROUP,
         "use_dictionary": [_leaf(column) for column in columns if column.storage == "dictionary"],
         "column_encoding": {
             _leaf(column): _ENCODINGS[column.storage] for column in columns if column.storage != "dictionary"

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake.transaction import RemoveAction
 
-from holdfast.lake.columns import BODY_BYTES_PER_GROUP, COLUMNS, ROWS_PER_GROUP, arrow_schema, day_of
+from holdfast.lake.columns import COLUMNS, COMPACTED_BODY_BYTES_PER_GROUP, ROWS_PER_GROUP, arrow_schema, day_of
 from holdfast.lake.commit import Change
 from holdfast.lake.files import fsync_directory
 from holdfast.lake.log import LOG_DIRECTORY, FileEntry, Snapshot, commit_path, list_checkpoints, list_versions
@@ -164,7 +164,7 @@ def compact(
 
 
 def _merge(table: LakeTable, group: MergeGroup) -> FileEntry:
-    with FileWriter(table.name, table.directory, group.day, group.epoch) as writer:
+    with FileWriter(table.name, table.directory, group.day, group.epoch, compacted=True) as writer:
         for content in _row_groups(table.name, table.directory, group.files):
             writer.copy_group(content)
         written = writer.finish()
@@ -214,7 +214,9 @@ def _row_groups(table: Table, directory: Path, files: Sequence[FileEntry]) -> It
     for entry in files:
         for content in _read_file(directory / entry.path):
             for piece, piece_bytes in _pieces(table, _conform(table, content)):
-                if pending and (rows + piece.num_rows > ROWS_PER_GROUP or size + piece_bytes > BODY_BYTES_PER_GROUP):
+                if pending and (
+                    rows + piece.num_rows > ROWS_PER_GROUP or size + piece_bytes > COMPACTED_BODY_BYTES_PER_GROUP
+                ):
                     yield pa.concat_tables(pending).combine_chunks()
                     pending, rows, size = [], 0, 0
                 pending.append(piece)
@@ -239,7 +241,7 @@ def _pieces(table: Table, content: Any) -> Iterator[tuple[Any, int]]:
     sizes = _body_sizes(table, content)
     start = total = 0
     for row, size in enumerate(sizes):
-        if row > start and (row - start >= ROWS_PER_GROUP or total + size > BODY_BYTES_PER_GROUP):
+        if row > start and (row - start >= ROWS_PER_GROUP or total + size > COMPACTED_BODY_BYTES_PER_GROUP):
             yield content.slice(start, row - start), total
             start, total = row, 0
         total += size

@@ -160,15 +160,24 @@ class LakeIndex:
 
     def last_key_version(self, namespace: str, key: str) -> tuple[int, Position] | None:
         """Returns the highest archived version of a key and its position."""
+        last = self.key_versions_before(namespace, key, None, 1)
+        return last[0] if last else None
+
+    def key_versions_before(
+        self, namespace: str, key: str, version: int | None, limit: int
+    ) -> list[tuple[int, Position]]:
+        """Returns up to ``limit`` archived versions of a key below ``version`` (None: from the highest), descending."""
         prefix = _version_key(namespace, key, 0)[:16]
+        # The first key that is too high, then back from there.
+        bound = prefix + b"\xff" * 9 if version is None else prefix + _VERSION.pack(version)
+        found: list[tuple[int, Position]] = []
         with self._shared.env.begin(db=self._shared.databases["key_versions"], buffers=False) as txn:
             cursor = txn.cursor()
-            # The first key past every version of this one, then one back.
-            found = cursor.prev() if cursor.set_range(prefix + b"\xff" * 9) else cursor.last()
-            if not found or not cursor.key().startswith(prefix):
-                return None
-            version: int = _VERSION.unpack(cursor.key()[16:])[0]
-            return version, self._position(cursor.value())
+            there = cursor.prev() if cursor.set_range(bound) else cursor.last()
+            while there and len(found) < limit and cursor.key().startswith(prefix):
+                found.append((_VERSION.unpack(cursor.key()[16:])[0], self._position(cursor.value())))
+                there = cursor.prev()
+        return found
 
     def _find(self, table: Table, keys: Iterator[tuple[Any, bytes]]) -> dict[Any, Position]:
         found: dict[Any, Position] = {}

@@ -5,8 +5,9 @@ Reads everything once and changes nothing.  Run it while nothing vacuums; append
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -18,10 +19,12 @@ import pyarrow.parquet as pq
 from holdfast.lake.columns import to_rows
 from holdfast.lake.lake import Lake
 from holdfast.lake.log import FileEntry, Snapshot, list_versions, read_commit
-from holdfast.lake.views import view_statements
+from holdfast.lake.manifests import check_manifests
+from holdfast.lake.views import quote, view_statements
 from holdfast.schemas.errors import IntegrityError
+from holdfast.schemas.names import CHUNK_KIND
 from holdfast.schemas.problems import Problem
-from holdfast.schemas.refs import compute_digest, parse_ref
+from holdfast.schemas.refs import Digest, compute_digest, format_ref, parse_ref
 from holdfast.schemas.rows import TABLES, ContextRow, Table
 
 MOST_OF_A_KIND: Final = 100
@@ -221,28 +224,69 @@ def _check_identities(lake: Lake, checked: Counter[str]) -> Iterator[Problem]:
                 )
 
 
+# Neighbours share their chunks: those of one conversation all begin with the same.
+_MANIFESTS: Final = """
+SELECT namespace, kind, content_type, epoch_ms(expires_at), ref, encode(body), size, epoch, stream_seq
+FROM contexts_stored WHERE form = 'manifest'
+ORDER BY body ->> '$.chunks[0]', epoch, stream_seq
+"""
+_ROWS: Final = 1_000
+
+
 def _check_joined(lake: Lake, checked: Counter[str]) -> Iterator[Problem]:
     """I4: every chunked body, put together, hashes to its reference."""
-    with _views(lake) as connection:
-        manifests = connection.execute("SELECT ref FROM contexts_stored WHERE form = 'manifest'").fetchall()
-        for (ref,) in manifests:
-            found: list[Any] = connection.execute(
-                "SELECT namespace, kind, content_type, epoch_ms(expires_at), body_bytes FROM contexts WHERE ref = ?",
-                [ref],
-            ).fetchall()
+    with (
+        tempfile.TemporaryDirectory(prefix="holdfast-verify-") as spill,
+        _views(lake) as connection,
+        _views(lake) as chunks,
+    ):
+        connection.execute(f"SET temp_directory = {quote(spill)}")
+        for row, error in check_manifests(
+            _manifests(connection), lambda digests: _chunk_sizes(chunks, digests), lambda d: _chunk_bodies(chunks, d)
+        ):
             checked["manifests"] += 1
-            for namespace, kind, content_type, expires_at_ms, body in found:
-                if body is None:
-                    problem = "lacks chunks"
-                else:
-                    actual = compute_digest(
-                        namespace, kind, body, content_type=content_type, expires_at_ms=expires_at_ms
-                    )
-                    problem = "" if actual == parse_ref(ref).digest else f"hashes to {actual}"
-                if problem:
-                    yield Problem(
-                        invariant="I4",
-                        object=ref,
-                        what=f"a chunked body {problem}",
-                        next_step="restore the files of its chunks from a backup",
-                    )
+            if error is not None:
+                yield Problem(
+                    invariant="I4",
+                    object=row.ref,
+                    what=f"a chunked body cannot be put together: {error.message}",
+                    next_step="restore the files of its chunks from a backup",
+                )
+
+
+def _manifests(connection: duckdb.DuckDBPyConnection) -> Iterator[ContextRow]:
+    found = connection.execute(_MANIFESTS)
+    while rows := found.fetchmany(_ROWS):
+        for namespace, kind, content_type, expires_at_ms, ref, body, size, epoch, seq in rows:
+            yield ContextRow(
+                namespace=namespace,
+                kind=kind,
+                digest=parse_ref(ref).digest,
+                content_type=content_type,
+                body=body,
+                size=size,
+                stored_at_ms=0,
+                epoch=epoch,
+                seq=seq,
+                form="manifest",
+                expires_at_ms=expires_at_ms,
+            )
+
+
+def _chunk_sizes(connection: duckdb.DuckDBPyConnection, digests: Sequence[Digest]) -> dict[Digest, int]:
+    return dict(_of_chunks(connection, "size", digests))
+
+
+def _chunk_bodies(connection: duckdb.DuckDBPyConnection, digests: Sequence[Digest]) -> dict[Digest, bytes]:
+    return dict(_of_chunks(connection, "body_binary", digests))
+
+
+def _of_chunks(
+    connection: duckdb.DuckDBPyConnection, what: str, digests: Sequence[Digest]
+) -> Iterator[tuple[Digest, Any]]:
+    refs = [format_ref(CHUNK_KIND, digest) for digest in digests]
+    found = connection.execute(
+        f"SELECT ref, {what} FROM contexts_stored WHERE form = 'chunk' AND ref IN (SELECT unnest(?))",  # noqa: S608  own names
+        [refs],
+    ).fetchall()
+    return ((parse_ref(ref).digest, value) for ref, value in found)

@@ -5,7 +5,11 @@ Never a glob: a Delta directory also holds files that were compacted away, and f
 ``contexts`` shows each context once, with its whole body: rows of form ``touch`` (stored again) and ``chunk`` (parts
 of a larger body) do not appear, a chunked body is put together from its parts.  ``body`` is text where the bytes are
 valid UTF-8 and null otherwise; ``body_bytes`` is always there.  ``contexts_stored`` shows every row as it is stored.
-Times are TIMESTAMP in UTC, ids are UUID.
+
+``current_keys`` shows the newest version of each named context, ``keys_as_of(moment)`` the newest that the server had
+stored by then (a timestamp; without a zone, or as text, it is UTC); both have the columns of ``key_versions`` and
+``live``: neither deleted nor expired, now or at that moment.  ``get_context_stats()`` is one row of totals.  Times are
+TIMESTAMP in UTC, ids are UUID.
 """
 
 from __future__ import annotations
@@ -24,31 +28,84 @@ if TYPE_CHECKING:
 STORED: Final[dict[Table, str]] = {"contexts": "contexts_stored", "events": "events", "key_versions": "key_versions"}
 """The view that shows a table's rows as they are."""
 
+# Put together above one chain of scan, unnest and join, grouped by every column of the row: so a filter on any of them
+# reaches the scan, and a query that does not ask for a body reads none.  The pieces are gathered as they are and turned
+# to hex late: DuckDB joins blobs only as text, and gathering that would take three times the memory.
 _CONTEXTS: Final = """
-WITH parts AS (
-    SELECT namespace, ref, unnest(digests) AS digest, generate_subscripts(digests, 1) AS position
-    FROM (
-        SELECT namespace, ref, from_json(body, '{"chunks": ["VARCHAR"]}').chunks AS digests
-        FROM contexts_stored WHERE form = 'manifest'
-    )
-), pieces AS (
-    SELECT parts.namespace, parts.ref, position, any_value(chunk.body_binary) AS bytes
-    FROM parts LEFT JOIN contexts_stored AS chunk
-        ON chunk.form = 'chunk' AND chunk.ref = 'ctx_chunk_' || parts.digest AND chunk.namespace = parts.namespace
-    GROUP BY parts.namespace, parts.ref, position
+WITH manifests AS (
+    SELECT ref, namespace, kind, content_type, size, created_at, expires_at, epoch, stream_seq, day,
+        from_json(body, '{"chunks": ["VARCHAR"], "tail": "VARCHAR"}') AS manifest
+    FROM contexts_stored WHERE form = 'manifest'
+), parts AS (
+    SELECT * EXCLUDE manifest, manifest.tail AS tail,
+        unnest(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END) AS digest,
+        generate_subscripts(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END, 1) AS position
+    FROM manifests
+), gathered AS (
+    SELECT part.ref, part.namespace, part.kind, part.content_type, part.size, part.created_at, part.expires_at,
+        part.epoch, part.stream_seq, part.day,
+        count(*) = count(chunk.body_binary) AS is_whole,
+        list(chunk.body_binary ORDER BY part.position) AS pieces,
+        any_value(part.tail) AS tail
+    FROM parts AS part LEFT JOIN contexts_stored AS chunk
+        ON chunk.form = 'chunk' AND chunk.ref = 'ctx_chunk_' || part.digest AND chunk.namespace = part.namespace
+    GROUP BY part.ref, part.namespace, part.kind, part.content_type, part.size, part.created_at, part.expires_at,
+        part.epoch, part.stream_seq, part.day
 ), joined AS (
-    SELECT namespace, ref,
-        CASE WHEN count(*) = count(bytes) THEN from_hex(string_agg(hex(bytes), '' ORDER BY position)) END AS bytes
-    FROM pieces GROUP BY namespace, ref
+    SELECT * EXCLUDE (is_whole, pieces, tail),
+        CASE WHEN is_whole THEN from_hex(
+            list_aggregate(list_transform(pieces, lambda piece: hex(piece)), 'string_agg', '')
+            || hex(coalesce(tail, ''))
+        ) END AS bytes
+    FROM gathered
 )
 SELECT ref, namespace, kind, content_type, body, coalesce(body_binary, encode(body)) AS body_bytes, size,
     created_at, expires_at, epoch, stream_seq, day
 FROM contexts_stored WHERE form = 'plain'
 UNION ALL
-SELECT whole.ref, whole.namespace, kind, content_type, try(decode(bytes)), bytes, size,
+SELECT ref, namespace, kind, content_type, try(decode(bytes)), bytes, size,
     created_at, expires_at, epoch, stream_seq, day
-FROM contexts_stored AS whole LEFT JOIN joined ON joined.ref = whole.ref AND joined.namespace = whole.namespace
-WHERE whole.form = 'manifest'
+FROM joined
+"""
+
+
+# Not CAST(now() AS TIMESTAMP): that would be local time where the session has a time zone.
+_NOW: Final = "make_timestamp(epoch_us(now()))"
+# With the coalesce it takes a timestamp with a zone, one without and a literal alike.
+_MOMENT: Final = "make_timestamp(epoch_us(coalesce(moment, CAST(NULL AS TIMESTAMP))))"
+
+_NEWEST: Final = """
+SELECT *, op NOT IN ('delete', 'expire') AND (expires_at IS NULL OR expires_at > {moment}) AS live
+FROM key_versions {where}
+QUALIFY row_number() OVER (PARTITION BY namespace, key ORDER BY version DESC) = 1
+"""
+
+_STATS: Final = """
+WITH stored AS (
+    SELECT count(*) FILTER (form IN ('plain', 'manifest')) AS total_contexts,
+        count(*) FILTER (form IN ('plain', 'manifest') AND expires_at <= {now}) AS expired_contexts,
+        coalesce(sum(size) FILTER (form IN ('plain', 'manifest')), 0)::BIGINT AS context_bytes,
+        coalesce(sum(size) FILTER (form IN ('plain', 'chunk')), 0)::BIGINT AS stored_bytes
+    FROM contexts_stored
+), keys AS (
+    SELECT count(*) AS total_keys,
+        count(*) FILTER (live) AS live_keys,
+        count(*) FILTER (NOT live AND op <> 'delete') AS expired_keys,
+        count(*) FILTER (op = 'delete') AS deleted_keys
+    FROM current_keys
+), versions AS (
+    SELECT count(*) AS total_versions, min(stored_at) AS oldest, max(stored_at) AS newest FROM key_versions
+), happened AS (
+    SELECT count(*) AS total_events, min(stored_at) AS oldest, max(stored_at) AS newest FROM events
+), people AS (
+    SELECT count(DISTINCT session_id) AS unique_sessions, count(DISTINCT agent_id) AS unique_agents
+    FROM (SELECT session_id, agent_id FROM events UNION ALL SELECT session_id, agent_id FROM key_versions)
+)
+SELECT total_contexts, expired_contexts, total_keys, live_keys, expired_keys, deleted_keys, total_versions,
+    total_events, unique_sessions, unique_agents, context_bytes, stored_bytes,
+    least(versions.oldest, happened.oldest) AS oldest_stored_at,
+    greatest(versions.newest, happened.newest) AS newest_stored_at
+FROM stored, keys, versions, happened, people
 """
 
 
@@ -60,16 +117,25 @@ def quote(text: str) -> str:
 def view_statements(
     snapshots: Iterable[Snapshot], *, temporary: bool, tails: dict[Table, str] | None = None
 ) -> Iterator[str]:
-    """Yields the statements that make, or replace, all views over some snapshots.
+    """Yields the statements that make, or replace, all views over some snapshots; the first time over all of them.
 
     ``tails`` names, for each table, a relation of the same columns whose rows are shown as well.
     """
     create = "CREATE OR REPLACE TEMP VIEW" if temporary else "CREATE OR REPLACE VIEW"
+    macro = "CREATE OR REPLACE TEMP MACRO" if temporary else "CREATE OR REPLACE MACRO"
+    is_any = False
     for snapshot in snapshots:
         tail = (tails or {}).get(snapshot.table)
         yield f"{create} {STORED[snapshot.table]} AS {_stored_rows(snapshot, tail)}"
         if snapshot.table == "contexts":
             yield f"{create} contexts AS {_CONTEXTS}"
+        elif snapshot.table == "key_versions":
+            yield f"{create} current_keys AS {_NEWEST.format(moment=_NOW, where='')}"
+            at_moment = _NEWEST.format(moment=_MOMENT, where=f"WHERE stored_at <= {_MOMENT}")
+            yield f"{macro} keys_as_of(moment) AS TABLE {at_moment}"
+        is_any = True
+    if is_any:
+        yield f"{macro} get_context_stats() AS TABLE {_STATS.format(now=_NOW)}"
 
 
 def _stored_rows(snapshot: Snapshot, tail: str | None) -> str:

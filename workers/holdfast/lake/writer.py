@@ -78,11 +78,13 @@ class WrittenFile(msgspec.Struct, frozen=True, kw_only=True):
 class FileWriter:
     """Writes one Parquet file of one table, day and epoch; rows in ascending sequence.
 
+    ``compacted`` files are compressed harder, over larger row groups.
+
     Use as a context manager: leaving it with an exception removes what was written.  ``finish`` returns the file in its
     place; a process killed on the way leaves an orphan at most.
     """
 
-    def __init__(self, table: Table, directory: Path, day: str, epoch: str) -> None:
+    def __init__(self, table: Table, directory: Path, day: str, epoch: str, *, compacted: bool = False) -> None:
         self._table: Table = table
         self._directory = directory
         self._day = day
@@ -92,7 +94,8 @@ class FileWriter:
         make_directory(self._temporary.parent)
         # The sink is ours, so that the fsync is on the descriptor that was written.
         self._sink = self._temporary.open("xb")
-        self._parquet: Any = pq.ParquetWriter(self._sink, arrow_schema(table), **parquet_options(table))
+        options = parquet_options(table, compacted=compacted)
+        self._parquet: Any = pq.ParquetWriter(self._sink, arrow_schema(table), **options)
         self._rows = 0
         self._contexts = 0
         self._seqs: tuple[int, int] | None = None

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
+from holdfast.lake.columns import to_batch
 from holdfast.lake.lookup import Lookup
 from holdfast.schemas import limits
-from holdfast.schemas.errors import GapError, HoldfastError, IntegrityError, NotFoundError, RetryError
+from holdfast.schemas.errors import GapError, HoldfastError, IntegrityError, InvalidFieldError, RetryError
 from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Position, Row, Table
-from holdfast.streams.codec import decode_manifest, join
 from holdfast.streams.dead import bury
 from holdfast.streams.pull import StreamReader
-from holdfast.streams.topology import StreamInfo, begin_epoch, stream_info
+from holdfast.streams.topology import StreamInfo, begin_epoch, mark_heads_archived, stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
 from holdfast.workers.archive_plan import (
     DecodedRun,
@@ -45,6 +45,7 @@ from holdfast.workers.archive_plan import (
     key_of,
     same_content,
 )
+from holdfast.workers.manifest_check import ManifestChecker
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, check_anchors
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class TableArchiver:
         self._lake = lake
         self._index = index
         self._executor = executor
+        self._manifests = ManifestChecker(hot, lake, index, self._in_thread)
         self._reader: StreamReader | None = None
         self._checked_reconnects = -1
         self._read_bytes = READ_BYTES
@@ -201,9 +203,10 @@ class TableArchiver:
         self._checked_reconnects = -1
 
     async def close(self) -> None:
-        """Drops the consumer."""
+        """Drops the consumer and closes the files of the lake."""
         if self._reader is not None:
             await self._reader.close()
+        await self._in_thread(self._manifests.close)
 
     async def _checked(self) -> StreamInfo:
         """Checks once for each connection that the stream still is what the lake remembers of it."""
@@ -224,6 +227,7 @@ class TableArchiver:
                 "stream was created anew: archiving starts at its beginning",
                 extra={"action": "new_epoch", "table": self.table, "old": watermark.epoch, "new": info.epoch},
             )
+            await self._tell_of_lost_heads()
         await self._restart()
         self._checked_reconnects = reconnects
         return info
@@ -248,6 +252,7 @@ class TableArchiver:
             "what is in the lake is safe; acknowledged messages that were not archived yet may be lost. Check the "
             "server's disk and its durability mode; 'holdfast accept-gap' ends the alarm",
         )
+        await self._tell_of_lost_heads()
         start = await self._first_unarchived(info)
         info = await begin_epoch(self._connection, self.stream, start)
         if start > 1:
@@ -255,6 +260,11 @@ class TableArchiver:
                 lambda: self._lake.append(self.table, [], epoch=info.epoch, first_seq=1, last_seq=start - 1)
             )
         return info
+
+    async def _tell_of_lost_heads(self) -> None:
+        """Tells clients that keys may have versions in the lake which the stream has not; before the lake goes on."""
+        if self.table == "key_versions":
+            await mark_heads_archived(self._connection)
 
     async def _first_unarchived(self, info: StreamInfo) -> int:
         """Returns the first sequence whose message the lake does not hold, wherever it stood when it was archived."""
@@ -304,7 +314,9 @@ class TableArchiver:
         refused = await self._intern(run.inline) if run.inline else {}
         await self._in_thread(lambda: self._index.refresh(self._lake))
         if self.table == "contexts":
-            refused = await self._forged(run.rows)
+            refused = await self._manifests.forged(run.rows)
+        elif self.table == "key_versions":
+            refused = await self._in_thread(lambda: _unfit(self.table, run.rows))
         rows = [row for row in run.rows if row.seq not in refused]
         rejected = run.rejected + [
             Rejected(message, refused[message.seq]) for message in messages if message.seq in refused
@@ -347,51 +359,6 @@ class TableArchiver:
             refused |= await self._intern([item])
         return refused
 
-    async def _forged(self, rows: list[Row]) -> dict[int, HoldfastError]:
-        """Returns, by sequence, what is wrong with the manifests that do not make the body their key names.
-
-        One in the lake under a digest that is not its own would turn every later storing of the true context into a
-        repetition, and so lose it.
-        """
-        forged: dict[int, HoldfastError] = {}
-        for row in rows:
-            if isinstance(row, ContextRow) and row.form == "manifest":
-                try:
-                    await self._check_manifest(row, rows)
-                except RetryError:
-                    raise
-                except HoldfastError as error:
-                    forged[row.seq] = error
-        return forged
-
-    async def _check_manifest(self, row: ContextRow, rows: list[Row]) -> None:
-        wanted = set(decode_manifest(row.body).chunks)
-        bodies = {
-            part.digest: part.body
-            for part in rows
-            if isinstance(part, ContextRow) and part.digest in wanted and part.namespace == row.namespace
-        }
-        left = [digest for digest in wanted if digest not in bodies]
-        hot, _ = await self._hot.get_stored_many(row.namespace, left) if left else ({}, {})
-        bodies |= {digest: part.body for digest, part in hot.items()}
-        left = [digest for digest in wanted if digest not in bodies]
-        if left:
-            # Chunks are acknowledged before their manifest is sent: these have left the hot tier, or never were.
-            cold = await self._in_thread(lambda: Lookup(self._lake, self._index).get_contexts(left))
-            bodies |= {digest: part.body for digest, part in cold.items() if part.namespace == row.namespace}
-        for digest in wanted:
-            if digest not in bodies:
-                # Asked of the leader: a replica that is behind must not make a dead letter of a good manifest.
-                part = await self._hot.get_stored(row.namespace, digest)
-                if part is None:
-                    raise NotFoundError(
-                        f"the manifest of {row.ref} names a chunk {digest} that is stored nowhere",
-                        field="chunks",
-                        hint="store chunks before their manifest, or use the SDK",
-                    )
-                bodies[digest] = part.body
-        await asyncio.to_thread(join, row, bodies)
-
     def _archived(self, rows: list[Row]) -> Any:
         """Keys of these rows, of contexts their digests, that the lake holds already."""
         if self.table == "contexts":
@@ -415,6 +382,19 @@ class TableArchiver:
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+def _unfit(table: Table, rows: list[Row]) -> dict[int, HoldfastError]:
+    """Returns, by sequence, why rows do not fit their table's columns: such a row must not hold up the others."""
+    try:
+        to_batch(table, rows)
+    except InvalidFieldError as error:
+        if len(rows) == 1:
+            return {rows[0].seq: error}
+    else:
+        return {}
+    middle = len(rows) // 2
+    return _unfit(table, rows[:middle]) | _unfit(table, rows[middle:])
 
 
 def problem_of(table: Table, error: IntegrityError) -> Problem:

@@ -1,21 +1,18 @@
-"""The archiver: streams → Parquet → lake, then purges what is archived and old.
+"""The archiver: streams → Parquet → lake, then purges, and trims, what is archived and old.
 
-Of several archivers on one lake directory one is active: it holds a lock on a file there, which the kernel frees when
-the process ends, however it ends.  The others wait.  The lock only saves work; what makes two writers safe is the
-lake's commit protocol.
+Of several archivers on one lake directory one is active (:mod:`holdfast.workers.archiver_lock`).  The lock only saves
+work; what makes two writers safe is the lake's commit protocol.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
@@ -23,7 +20,6 @@ import msgspec
 from holdfast.lake.duck import ViewsFile, write_views_file
 from holdfast.schemas.errors import (
     FenceError,
-    GapError,
     HoldfastError,
     IntegrityError,
     InvalidFieldError,
@@ -37,19 +33,24 @@ from holdfast.streams.service import Call, Handler, decode_request, serve
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
 from holdfast.workers.archive_table import TableArchiver, problem_of
+from holdfast.workers.archiver_lock import set_torn_commits_aside, take_lock
 from holdfast.workers.control import (
     ACCEPT_GAP_SUBJECT,
     EVICT_SUBJECT,
     FLUSH_SUBJECT,
     STATUS_SUBJECT,
+    TRIM_SUBJECT,
     AcceptGapRequest,
     ArchiverStatus,
     EvictReport,
     EvictRequest,
     FlushReport,
     TableStatus,
+    TrimReport,
+    TrimRequest,
 )
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, purge_archived
+from holdfast.workers.trim import Trimmed, Trimmer
 from holdfast.workers.waiting import wait_for_event
 
 if TYPE_CHECKING:
@@ -63,12 +64,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_LOCK_FILE: Final = ".archiver.lock"
-_STANDBY_S: Final = 0.5
-"""How often a waiting archiver tries the lock: its share of the outage when the active one dies."""
-
 _POLL_S: Final = 0.5
 """How often the backlog is looked at, to start a commit before its time when it is a full one."""
+
+_TRIM_PAUSE_S: Final = 5.0
+"""Between rounds of trimming while there is more to trim than one round does."""
 
 _BACKOFF_S: Final = 2.0
 _MAX_AGE_S: Final = 315_360_000.0
@@ -95,8 +95,10 @@ class Archiver:
         }
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
+        self._trimmer = Trimmer(connection, hot, lake, index, self._executor, hot_window_s=settings.hot_window_s)
         self._views = ViewsFile(lake)
         self._next_purge = 0.0
+        self._next_trim = 0.0
         self._stopping = False
 
     def counters(self) -> dict[str, int]:
@@ -129,6 +131,7 @@ class Archiver:
                 async with self._turn:
                     await self._round()
                     await self._purge_if_due()
+                    await self._trim_if_due()
                 last_round = time.monotonic()
             if any(archiver.problem for archiver in self._tables.values()):
                 await wait_for_event(self._wake, _BACKOFF_S)
@@ -146,18 +149,10 @@ class Archiver:
         rows = dict.fromkeys(TABLES, 0)
         async with self._turn:
             for table in _ORDER:
-                archiver = self._tables[table]
-                before = archiver.counters.rows
-                target = (await stream_info(self._connection, STREAM_OF_TABLE[table])).last_seq
-                await self._archive_up_to(archiver, target)
-                rows[table] = archiver.counters.rows - before
+                rows[table] = await self._archive_all(table)
             for archiver in self._tables.values():
                 # Told once the others are archived: one stream's problem does not hold them up.
-                if archiver.problem is not None:
-                    raise UnavailableError(
-                        f"{archiver.stream} cannot be archived: {archiver.problem.what}",
-                        hint=archiver.problem.next_step,
-                    )
+                _raise_problem(archiver)
             # Whoever flushes may open the views file next: it is renewed even if it was a moment ago.
             await self._in_thread(lambda: write_views_file(self._lake))
             failpoint("archiver.before_ack")
@@ -186,6 +181,19 @@ class Archiver:
         info = await stream_info(self._connection, STREAM_OF_TABLE["contexts"])
         return EvictReport(purged=purged, left=info.messages)
 
+    async def trim(self, most_versions: int | None) -> TrimReport:
+        """Archives the versions of named contexts, then trims each to its newest ``most_versions`` in the hot tier.
+
+        Without a number, by its policy and the hot window.  What is younger than 10 minutes stays.
+        """
+        table: Table = "key_versions"
+        async with self._turn:
+            await self._archive_all(table)
+            _raise_problem(self._tables[table])
+            done = await self._trim(most_versions, in_background=False)
+        info = await stream_info(self._connection, STREAM_OF_TABLE[table])
+        return TrimReport(keys=done.keys, revisions=done.revisions, left=info.messages)
+
     async def status(self) -> ArchiverStatus:
         """Where archiving of each stream stands, and what stops it."""
         tables: dict[Table, TableStatus] = {}
@@ -211,6 +219,7 @@ class Archiver:
         async with self._turn:
             for archiver in self._tables.values():
                 await archiver.close()
+            await self._trimmer.close()
             await asyncio.to_thread(self._executor.shutdown)
 
     async def _round(self) -> None:
@@ -226,6 +235,13 @@ class Archiver:
             await self._in_thread(self._views.update)
         except (HoldfastError, OSError):
             logger.exception("the views file was not renewed", extra={"action": "views_failed"})
+
+    async def _archive_all(self, table: Table) -> int:
+        """Archives what was acknowledged before the call; returns how many rows."""
+        archiver = self._tables[table]
+        before = archiver.counters.rows
+        await self._archive_up_to(archiver, (await stream_info(self._connection, archiver.stream)).last_seq)
+        return archiver.counters.rows - before
 
     async def _archive_up_to(self, archiver: TableArchiver, target: int) -> None:
         """Archives until the target is reached; notes an error as the stream's problem and returns."""
@@ -283,8 +299,39 @@ class Archiver:
 
     async def _purge(self, table: Table, older_than_s: float, most_messages: int | None) -> int:
         archiver = self._tables[table]
+        purged = await self._guarded(archiver, lambda: self._purge_checked(archiver, older_than_s, most_messages))
+        archiver.counters.purged += purged
+        return purged
+
+    async def _trim_if_due(self) -> None:
+        archiver = self._tables["key_versions"]
+        if archiver.problem is not None or time.monotonic() < self._next_trim:
+            return
+        pause_s = self._settings.purge_interval_s
         try:
-            purged = await self._purge_checked(archiver, older_than_s, most_messages)
+            if not (await self._trim(None, in_background=True)).is_done:
+                pause_s = min(pause_s, _TRIM_PAUSE_S)
+        except (HoldfastError, OSError):
+            logger.exception("nothing was trimmed", extra={"action": "trim_failed", "stream": archiver.stream})
+        self._next_trim = time.monotonic() + pause_s
+
+    async def _trim(self, most_versions: int | None, *, in_background: bool) -> Trimmed:
+        archiver = self._tables["key_versions"]
+
+        async def trim() -> Trimmed:
+            _raise_lost(archiver)
+            if most_versions is not None:
+                return await self._trimmer.trim_to(most_versions)
+            return await self._trimmer.round() if in_background else await self._trimmer.round(budget_s=None)
+
+        done = await self._guarded(archiver, trim)
+        archiver.counters.purged += done.revisions
+        return done
+
+    async def _guarded(self, archiver: TableArchiver, take_away: Callable[[], Awaitable[T]]) -> T:
+        """Notes what keeps a stream from being purged as its problem, and raises it."""
+        try:
+            outcome = await take_away()
         except HoldfastError as error:
             if archiver.problem is None:
                 archiver.purge_problem = _problem_of(archiver, error)
@@ -292,15 +339,11 @@ class Archiver:
                 archiver.distrust()
             raise
         archiver.purge_problem = None
-        archiver.counters.purged += purged
-        return purged
+        return outcome
 
     async def _purge_checked(self, archiver: TableArchiver, older_than_s: float, most_messages: int | None) -> int:
         table = archiver.table
-        if archiver.problem is not None and archiver.problem.invariant in ("I1", "I3"):
-            raise UnavailableError(
-                f"nothing is purged from {archiver.stream}: {archiver.problem.what}", hint=archiver.problem.next_step
-            )
+        _raise_lost(archiver)
         # Whoever purges first makes durable what it relies on: the commit may be another process's.
         watermark = await self._in_thread(lambda: self._lake.durable_watermark(table))
         if watermark is None:
@@ -348,7 +391,7 @@ async def run_archiver(
     At the end the round under way is finished and the lock given up.
     """
     async with AsyncExitStack() as stack:
-        lock = await _take_lock(settings.lake / _LOCK_FILE, on_standby)
+        lock = await take_lock(settings.lake, on_standby)
         stack.callback(os.close, lock)
         await set_torn_commits_aside(connection, lake)
         archiver = Archiver(connection, hot, lake, index, settings)
@@ -369,6 +412,7 @@ async def run_archiver(
 def _endpoints(archiver: Archiver) -> dict[str, tuple[str, Handler]]:
     evict_decoder = msgspec.json.Decoder(EvictRequest)
     gap_decoder = msgspec.json.Decoder(AcceptGapRequest)
+    trim_decoder = msgspec.json.Decoder(TrimRequest)
 
     async def flush(call: Call) -> None:
         await call.reply(msgspec.json.encode(await archiver.flush()))
@@ -376,6 +420,10 @@ def _endpoints(archiver: Archiver) -> dict[str, tuple[str, Handler]]:
     async def evict(call: Call) -> None:
         request = decode_request(call.data, evict_decoder)
         await call.reply(msgspec.json.encode(await archiver.evict(request.older_than_s)))
+
+    async def trim(call: Call) -> None:
+        request = decode_request(call.data, trim_decoder)
+        await call.reply(msgspec.json.encode(await archiver.trim(request.most_versions)))
 
     async def status(call: Call) -> None:
         await call.reply(msgspec.json.encode(await archiver.status()))
@@ -387,52 +435,10 @@ def _endpoints(archiver: Archiver) -> dict[str, tuple[str, Handler]]:
     return {
         "flush": (FLUSH_SUBJECT, flush),
         "evict": (EVICT_SUBJECT, evict),
+        "trim": (TRIM_SUBJECT, trim),
         "status": (STATUS_SUBJECT, status),
         "accept_gap": (ACCEPT_GAP_SUBJECT, accept_gap),
     }
-
-
-async def set_torn_commits_aside(connection: Connection, lake: Lake) -> None:
-    """Moves a torn last commit of each table out of the way, if its stream still holds what the commit was of.
-
-    Such a commit was never acknowledged: a power cut ended it.  Raises GapError when the stream no longer holds
-    everything after the commit before it; the lake then stays readable up to that commit, and nothing is archived.
-    """
-    for torn in await asyncio.to_thread(lake.torn_commits):
-        info = await stream_info(connection, STREAM_OF_TABLE[torn.table])
-        archived = 0 if torn.earlier is None or torn.earlier.epoch != info.epoch else torn.earlier.seq
-        if info.first_seq > archived + 1:
-            raise GapError(
-                f"the last commit of {torn.table} is torn, and {info.name} no longer holds what it was of "
-                f"(archived up to {archived}, first message {info.first_seq})",
-                hint="restore the lake's last commit file from a backup; nothing was moved",
-            )
-        await asyncio.to_thread(lake.set_aside, torn)
-        logger.warning(
-            "a torn commit was set aside; its rows are archived again",
-            extra={"action": "torn_commit", "table": torn.table, "archived": archived},
-        )
-
-
-async def _take_lock(path: Path, on_standby: Callable[[], None] | None) -> int:
-    """Returns an open, locked file once no other archiver holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    waiting = False
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            except BlockingIOError:
-                if not waiting:
-                    waiting = True
-                    logger.info("another archiver is active: waiting", extra={"action": "archiver_standby"})
-                    if on_standby is not None:
-                        on_standby()
-                await asyncio.sleep(_STANDBY_S)
-    except BaseException:
-        os.close(descriptor)
-        raise
 
 
 def _problem_of(archiver: TableArchiver, error: HoldfastError) -> Problem:
@@ -444,6 +450,20 @@ def _problem_of(archiver: TableArchiver, error: HoldfastError) -> Problem:
         what=error.message,
         next_step=error.hint or "nothing: it is tried again",
     )
+
+
+def _raise_problem(archiver: TableArchiver) -> None:
+    if archiver.problem is not None:
+        raise UnavailableError(
+            f"{archiver.stream} cannot be archived: {archiver.problem.what}", hint=archiver.problem.next_step
+        )
+
+
+def _raise_lost(archiver: TableArchiver) -> None:
+    if archiver.problem is not None and archiver.problem.invariant in ("I1", "I3"):
+        raise UnavailableError(
+            f"nothing is purged from {archiver.stream}: {archiver.problem.what}", hint=archiver.problem.next_step
+        )
 
 
 def _lake_unavailable(error: OSError) -> HoldfastError:

@@ -1,10 +1,14 @@
-"""Calls to the active archiver: flush, evict, status.  Request-reply, so that they work from any machine."""
+"""Calls to the active archiver (flush, evict, trim, status) and to a janitor (cleanup).
+
+Request-reply, so that they work from any machine.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
 from holdfast.client.cold import error_of
 from holdfast.schemas.errors import UnavailableError
@@ -15,12 +19,15 @@ from holdfast.streams.wire import H_SERVICE_ERROR
 
 if TYPE_CHECKING:
     from holdfast.streams.connection import Connection
+    from holdfast.workers.settings import WorkerName
 
 FLUSH_SUBJECT: Final = "hf.archiver.flush"
 EVICT_SUBJECT: Final = "hf.archiver.evict"
 STATUS_SUBJECT: Final = "hf.archiver.status"
 ACCEPT_GAP_SUBJECT: Final = "hf.archiver.accept_gap"
 COMPACT_SUBJECT: Final = "hf.compactor.compact"
+TRIM_SUBJECT: Final = "hf.archiver.trim"
+CLEANUP_SUBJECT: Final = "hf.janitor.cleanup"
 
 STATUS_S: Final = 2.0
 FLUSH_S: Final = 600.0
@@ -42,6 +49,12 @@ class AcceptGapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     table: Table
 
 
+class TrimRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Trim every named context to its newest versions; None: as the policies and the hot window say."""
+
+    most_versions: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
+
+
 class FlushReport(msgspec.Struct, frozen=True):
     """Everything acknowledged before the call is in the lake.  ``rows`` archived during the call, by table."""
 
@@ -55,6 +68,20 @@ class EvictReport(msgspec.Struct, frozen=True):
 
     purged: int
     left: int
+
+
+class TrimReport(msgspec.Struct, frozen=True):
+    """Named contexts that were trimmed, revisions that left the hot tier, and revisions of all keys that stay."""
+
+    keys: int
+    revisions: int
+    left: int
+
+
+class CleanupReport(msgspec.Struct, frozen=True):
+    """Named contexts that were expired during the call."""
+
+    expired: int
 
 
 class TableStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +114,22 @@ async def evict(connection: Connection, older_than_s: float, *, timeout_s: float
     return msgspec.convert(await _call(connection, EVICT_SUBJECT, EvictRequest(older_than_s), timeout_s), EvictReport)
 
 
+async def trim(connection: Connection, most_versions: int | None = None, *, timeout_s: float = FLUSH_S) -> TrimReport:
+    """Archives the versions of named contexts, then trims each context in the hot tier to its newest ``most_versions``.
+
+    Without a number, by its policy and the hot window.  What is younger than 10 minutes stays, and the lake keeps every
+    version.
+    """
+    return msgspec.convert(await _call(connection, TRIM_SUBJECT, TrimRequest(most_versions), timeout_s), TrimReport)
+
+
+async def cleanup(connection: Connection, *, timeout_s: float = FLUSH_S) -> CleanupReport:
+    """Has a janitor expire the named contexts that are due, now; raises UnavailableError when none runs."""
+    return msgspec.convert(
+        await _call(connection, CLEANUP_SUBJECT, Empty(), timeout_s, worker="janitor"), CleanupReport
+    )
+
+
 async def archiver_status(connection: Connection, *, timeout_s: float = STATUS_S) -> ArchiverStatus:
     """Returns the active archiver's status; raises UnavailableError when none runs."""
     return msgspec.convert(await _call(connection, STATUS_SUBJECT, Empty(), timeout_s), ArchiverStatus)
@@ -97,13 +140,15 @@ async def accept_gap(connection: Connection, table: Table, *, timeout_s: float =
     return await _call(connection, ACCEPT_GAP_SUBJECT, AcceptGapRequest(table), timeout_s)
 
 
-async def _call(connection: Connection, subject: str, request: object, timeout_s: float) -> dict[str, Any]:
+async def _call(
+    connection: Connection, subject: str, request: object, timeout_s: float, *, worker: WorkerName = "archiver"
+) -> dict[str, Any]:
     try:
         reply = await connection.lean.request(subject, msgspec.json.encode(request), timeout_s=timeout_s)
     except UnavailableError as error:
         raise UnavailableError(
-            "no archiver answers on this server",
-            hint="start one with 'holdfast up' or 'holdfast worker archiver'",
+            f"no {worker} answers on this server",
+            hint=f"start one with 'holdfast up' or 'holdfast worker {worker}'",
         ) from error
     if reply.headers and H_SERVICE_ERROR in reply.headers:
         raise error_of(_ERROR.decode(reply.data).error)

@@ -30,9 +30,10 @@ from holdfast.streams.pull import read_one
 from holdfast.streams.service import Call, EndpointCounters, ErrorBody, Handler, decode_request, serve
 from holdfast.streams.tail import open_tail
 from holdfast.streams.topology import stream_info
-from holdfast.streams.wire import EVENTS_STREAM, H_CREATED, H_DIGEST, H_END
+from holdfast.streams.wire import EVENTS_STREAM, H_CREATED, H_DIGEST, H_END, KEYS_STREAM
 from holdfast.workers.contexts import ColdReader, ContextReader, Found
 from holdfast.workers.ingester import CONSUMER as INGESTER
+from holdfast.workers.key_reader import ColdKeys
 from holdfast.workers.requests import (
     PutRequest,
     QueryRequest,
@@ -46,6 +47,7 @@ from holdfast.workers.requests import (
     event_reply,
     time_ms,
 )
+from holdfast.workers.resolver_keys import KeyEndpoints
 from holdfast.workers.state import collect_health, collect_stats
 
 if TYPE_CHECKING:
@@ -327,13 +329,18 @@ async def run_resolver(
         stack.push_async_callback(cold.close)
         resolver = Resolver(connection, hot, lake, cold, sql)
         stack.push_async_callback(resolver.close)
+        cold_keys = ColdKeys(lake, index)
+        stack.push_async_callback(cold_keys.close)
+        info = await stream_info(connection, KEYS_STREAM)
+        keys = KeyEndpoints(connection, hot, ContextReader(hot, cold), cold_keys, replicas=info.replicas)
+        stack.push_async_callback(keys.close)
         counters = await stack.enter_async_context(
             serve(
                 connection,
                 name=SERVICE,
                 version="1.0.0",
-                description="Resolves contexts and queries events of Holdfast",
-                endpoints=resolver.endpoints(),
+                description="Resolves contexts, keeps named ones and queries events of Holdfast",
+                endpoints=resolver.endpoints() | keys.endpoints(),
             )
         )
         yield counters

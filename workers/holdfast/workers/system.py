@@ -22,13 +22,13 @@ from holdfast.schemas.errors import DataDirectoryError
 from holdfast.schemas.rows import TABLES
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.hot import HotTier
-from holdfast.streams.topology import ensure_topology
-from holdfast.streams.wire import HOT_STREAM, STREAM_OF_TABLE
+from holdfast.streams.topology import StreamInfo, ensure_topology, mark_heads_archived
+from holdfast.streams.wire import HOT_STREAM, KEYS_STREAM, STREAM_OF_TABLE
 from holdfast.workers.archiver import Archiver, run_archiver
 from holdfast.workers.compactor import Compactor
 from holdfast.workers.index_directory import claim_index_directory
 from holdfast.workers.ingester import Ingester
-from holdfast.workers.janitor import Janitor
+from holdfast.workers.janitor import run_janitor
 from holdfast.workers.resolver import run_resolver
 from holdfast.workers.settings import WORKERS, WorkerName, WorkerSettings
 
@@ -110,6 +110,8 @@ async def run_workers(
             duplicate_window_s=settings.duplicate_window_s,
             archived=archived,
         )
+        if lake is not None:
+            await _mark_new_keys(connection, lake, streams[KEYS_STREAM])
         hot = HotTier(connection, replicas=streams[HOT_STREAM].replicas)
         stack.push_async_callback(hot.close)
         workers = RunningWorkers(connection)
@@ -161,6 +163,14 @@ def _archived_streams(lake: Lake | None, settings: WorkerSettings) -> list[str]:
     return [STREAM_OF_TABLE[table] for table in TABLES if lake.watermark(table) is not None]
 
 
+async def _mark_new_keys(connection: Connection, lake: Lake, info: StreamInfo) -> None:
+    """Tells clients of a keys stream that began anew that the lake holds versions which it does not."""
+    if not info.heads_archived:
+        watermark = await asyncio.to_thread(lake.watermark, "key_versions")
+        if watermark is not None and watermark.epoch != info.epoch:
+            await mark_heads_archived(connection)
+
+
 async def _start_ingester(stack: AsyncExitStack, workers: RunningWorkers, hot: HotTier) -> None:
     ingester = Ingester(workers.connection, hot)
     await ingester.open()
@@ -170,8 +180,7 @@ async def _start_ingester(stack: AsyncExitStack, workers: RunningWorkers, hot: H
 
 
 async def _start_janitor(stack: AsyncExitStack, workers: RunningWorkers) -> None:
-    janitor = Janitor(workers.connection)
-    stack.push_async_callback(janitor.close)
+    janitor = await stack.enter_async_context(run_janitor(workers.connection))
     workers.start("janitor", janitor.run(), lambda: msgspec.structs.asdict(janitor.counters))
     stack.push_async_callback(workers.drain, "janitor")
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from holdfast.schemas.errors import ConfigurationError, InputError, IntegrityError, NotFoundError, RetryError
+from holdfast.schemas.errors import (
+    ConfigurationError,
+    InputError,
+    IntegrityError,
+    NotFoundError,
+    RetryError,
+    VersionConflictError,
+)
 
 OK: Final = 0
 ERROR: Final = 1
@@ -14,9 +21,11 @@ USAGE: Final = 2
 UNAVAILABLE: Final = 3
 """The set-up must change, or a part does not answer (server, worker, data directory)."""
 NOT_FOUND: Final = 4
-"""A reference, file, event or dead letter that was named does not exist."""
+"""Something that was named does not exist: a reference, named context, file, event or dead letter."""
 VIOLATION: Final = 5
 """Stored data breaks a promise: damage, gaps, an unhealthy system, findings of ``verify``."""
+CONFLICT: Final = 6
+"""A named context has another version than the one expected: nothing was written; read it and decide anew."""
 INTERRUPTED: Final = 130
 """Ctrl-C."""
 PIPE_CLOSED: Final = 141
@@ -29,8 +38,9 @@ MEANINGS: Final[tuple[tuple[int, str], ...]] = (
     (ERROR, "failed"),
     (USAGE, "usage: the command line or its input must change"),
     (UNAVAILABLE, "configuration, or a server, worker or data directory that cannot be used"),
-    (NOT_FOUND, "not found: a reference, file, event or dead letter"),
+    (NOT_FOUND, "not found: a reference, named context, file, event or dead letter"),
     (VIOLATION, "a broken promise: damaged data, unhealthy, violations found"),
+    (CONFLICT, "conflict: a named context has another version than expected"),
     (INTERRUPTED, "interrupted"),
     (TERMINATED, "terminated before it was done"),
 )
@@ -42,6 +52,8 @@ def exit_code_of(error: BaseException) -> int:
     match error:
         case NotFoundError():
             return NOT_FOUND
+        case VersionConflictError():
+            return CONFLICT
         case InputError():
             return USAGE
         case ConfigurationError() | RetryError():

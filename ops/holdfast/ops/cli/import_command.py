@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from holdfast.ops.cli import exit_codes, output
+from holdfast.ops.cli.export_command import STREAM, import_exports
 from holdfast.ops.cli.invocation import Invocation, command
-from holdfast.schemas.errors import NotFoundError
+from holdfast.schemas.errors import InvalidFieldError, NotFoundError
 
 if TYPE_CHECKING:
     from holdfast.ops.importing import ImportCounts
@@ -31,6 +32,7 @@ def register(app: typer.Typer) -> None:
             "holdfast import ./traces",
             "holdfast import ~/.claude/projects --format claude-code",
             "holdfast import runs/*.traj.json.gz --json",
+            "holdfast import backup.jsonl.zst --overwrite",
         ),
         uvloop=True,
     )(import_traces)
@@ -43,11 +45,27 @@ async def import_traces(
         str,
         typer.Option("--format", help="auto, steps, tau-bench, mini-swe-agent, openai-messages or claude-code."),
     ] = "auto",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Of an export: put its newest state on top of a key that has another."),
+    ] = False,
 ) -> int:
     """Import recorded agent traces: each step becomes a context and an event with its session, order, cause and time.
 
     Importing the same file again adds nothing. What cannot be read is named with file and line; the rest goes on.
+
+    A file of 'holdfast export' is known by its first line (- reads one from standard input): its keys get all their
+    versions and bodies back, with their numbers and times. It is checked first: when it is damaged or cut short,
+    nothing is written. A key that has other versions here is skipped, or with --overwrite gets the file's newest state
+    as a new version.
     """
+    exports = _exports_in(paths, form)
+    if exports:
+        return await import_exports(invocation, exports, overwrite=overwrite)
+    if overwrite:
+        raise InvalidFieldError(
+            "--overwrite is for files of 'holdfast export'", field="overwrite", hint="traces are never overwritten"
+        )
     from holdfast.ops.importing import TraceImport
     from holdfast.ops.system import open_system
     from holdfast.ops.traces import find_traces
@@ -73,6 +91,21 @@ async def import_traces(
     else:
         _write_counts(counts)
     return exit_codes.OK if counts.steps else exit_codes.ERROR
+
+
+def _exports_in(paths: list[Path], form: str) -> list[Path]:
+    """The paths when they are exports, nothing when they are traces; raises when they are some of both."""
+    from holdfast.ops.export_files import is_export
+
+    if form != "auto":
+        return []
+    exports = [path for path in paths if str(path) == STREAM or (path.is_file() and is_export(path))]
+    if exports and len(exports) < len(paths):
+        other = next(path for path in paths if path not in exports)
+        raise InvalidFieldError(
+            f"{exports[0]} is an export and {other} is not", field="path", hint="import them by commands of their own"
+        )
+    return exports
 
 
 class _MalformedReporter:

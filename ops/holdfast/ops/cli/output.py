@@ -92,13 +92,15 @@ def report_error(error: BaseException, *, as_json: bool) -> None:
 def describe_error(error: BaseException) -> dict[str, Any]:
     """Returns an error as the members of its JSON form."""
     if isinstance(error, HoldfastError):
-        return {
+        body = {
             "code": error.code,
             "message": error.message,
             "field": error.field,
             "limit": error.limit,
             "hint": error.hint,
         }
+        details = {name: getattr(error, name) for name in error.details}
+        return {**body, "details": details} if details else body
     return {
         "code": "internal",
         "message": f"{type(error).__name__}: {error}" if str(error) else type(error).__name__,
