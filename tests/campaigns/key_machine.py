@@ -71,14 +71,26 @@ class KeysMachine(RuleBasedStateMachine):
         assert self.system is not None, "there is no system to run against"
         self._system = self.system
         self.trial = KeyTrial(self._system.rig, f"k{uuid.uuid4().hex}")
+        self._is_sound = True
         self._system.run(self.trial.open())
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         self._system.steps += 1
-        self._system.run(work)
+        try:
+            self._system.run(work)
+        except BaseException:
+            self._is_sound = False
+            raise
 
     def teardown(self) -> None:
-        self._system.run(self.trial.close())
+        async def end() -> None:
+            try:
+                if self._is_sound:
+                    await self.trial.check_all()
+            finally:
+                await self.trial.close()
+
+        self._system.run(end())
 
     def change(self, key: str, client: int, said: tuple[str, Any, Any, Any, Any]) -> Change:
         expected, tags, session, ttl_s, change_type = said
@@ -147,9 +159,12 @@ class KeysMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, 6.0, 600.0, 86_400.0]), is_swept=st.booleans())
     def pass_time(self, seconds: float, is_swept: bool) -> None:
-        self.trial.pass_time(seconds)
-        if is_swept:
-            self.run(self.trial.expire())
+        async def work() -> None:
+            self.trial.pass_time(seconds)
+            if is_swept:
+                await self.trial.expire()
+
+        self.run(work())
 
     @rule(what=UPKEEP, most_versions=st.integers(1, 3))
     def keep_up(self, what: str, most_versions: int) -> None:

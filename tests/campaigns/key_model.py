@@ -149,8 +149,8 @@ class KeysModel:
         written = {key: self.put(key, body, change) for key, body in bodies.items()}
         return written | {key: self.delete(key, change) for key in deletes}
 
-    def expire_due(self) -> int:
-        """What the janitor does; returns how many versions it writes."""
+    def expire_due(self) -> list[str]:
+        """What the janitor does; returns the keys that it writes."""
         due = [
             key
             for key, chain in self.chains.items()
@@ -161,7 +161,7 @@ class KeysModel:
         for key in due:
             old = self.chains[key][-1]
             self._add(key, Version("expire", None, (), old.session, old.agent, "expire"))
-        return len(due)
+        return due
 
     def as_of(self, key: str, at_ms: int) -> int | None:
         """The number of the version that has a body at a time of the server's; all times of storing are known."""

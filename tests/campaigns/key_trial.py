@@ -264,14 +264,18 @@ class KeyTrial:
 
     async def put_foreign(self, key: str, number: int) -> None:
         """Something that is no version is put on the key's subject."""
+        newest = self.model.newest(key)
+        if newest is not None and newest.expires_at_ms is not None:
+            return  # the janitor takes it for a newer version
         message = Outgoing(key_subject(self.namespace, key), {}, FOREIGN[number])
         await publish(self.rig.clients[0].connection, message)
 
     async def expire(self) -> None:
         """The janitor writes what is due."""
         self.rig.clock_ms = self.model.now_ms
-        written = await self.rig.janitor.round()
-        assert written >= self.model.expire_due()
+        await self.rig.janitor.round()
+        for key in self.model.expire_due():
+            await self.history(0, key)
 
     # Reads.
 

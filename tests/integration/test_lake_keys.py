@@ -245,6 +245,18 @@ def test_versions_are_joined_with_their_bodies(lake: Lake) -> None:
         query = "SELECT body FROM {} JOIN contexts USING (namespace, ref) ORDER BY version"
         assert sql.execute(query.format("current_keys")).fetchall() == [(bodies[-1].decode(),)]
         assert sql.execute(query.format("key_versions")).fetchall() == [(body.decode(),) for body in bodies]
+        some = "(SELECT list(ref) FROM key_versions WHERE version IN (1, 15))"
+        query = (
+            f"SELECT version, body FROM key_versions JOIN contexts_of({some}) USING (namespace, ref) ORDER BY version"
+        )
+        assert sql.execute(query).fetchall() == [(1, bodies[0].decode()), (15, bodies[14].decode())]
+        assert sql.execute("SELECT body FROM contexts_of([?])", [wholes[7].ref]).fetchall() == [(bodies[7].decode(),)]
+        for none in ("[]", "NULL", "['nothing']"):
+            assert sql.execute(f"SELECT * FROM contexts_of({none})").fetchall() == []
+        assert sql.execute("DESCRIBE FROM contexts_of([])").fetchall() == sql.execute("DESCRIBE contexts").fetchall()
+    write_views_file(lake)
+    with duckdb.connect(str(lake.path / "holdfast.duckdb"), read_only=True) as plain:
+        assert plain.execute(query).fetchall() == [(1, bodies[0].decode()), (15, bodies[14].decode())]
 
 
 def test_bodies_are_not_read_by_a_query_that_does_not_ask_for_them(lake: Lake) -> None:
@@ -269,6 +281,9 @@ def test_bodies_are_not_read_by_a_query_that_does_not_ask_for_them(lake: Lake) -
         assert sql.execute("SELECT length(body) FROM contexts WHERE ref = ?", [ref]).fetchall() == [(size,)]
         newest = "SELECT length(body) FROM contexts WHERE stream_seq > ?"
         assert sql.execute(newest, [rows[-3].seq]).fetchall() == [(size,)]
+        sql.execute("CREATE TABLE wanted AS SELECT ? AS ref", [ref])
+        few = "SELECT length(body) FROM wanted JOIN contexts_of((SELECT list(ref) FROM wanted)) USING (ref)"
+        assert sql.execute(few).fetchall() == [(size,)]
         with pytest.raises(duckdb.OutOfMemoryException):
             sql.execute("SELECT max(length(body)) FROM contexts").fetchall()
 

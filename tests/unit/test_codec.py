@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,18 @@ from holdfast.schemas.errors import (
 )
 from holdfast.schemas.ids import MAX_MS
 from holdfast.schemas.refs import JSON, Digest, compute_digest, format_ref
-from holdfast.streams.codec import Manifest, StoredForm, decode_manifest, join, reseal, seal, unseal
+from holdfast.streams.codec import (
+    Manifest,
+    StoredForm,
+    decode_manifest,
+    inflate,
+    join,
+    reseal,
+    seal,
+    seal_shared,
+    unseal,
+)
+from holdfast.streams.sharing import Part, Piece, Shape, plan_parts
 from tests.support import examples
 
 if TYPE_CHECKING:
@@ -252,6 +264,9 @@ class TestManifests:
             manifest_of(v=2, chunks=["a" * 32] * (limits.MANIFEST_CHUNKS + 1)),
             manifest_of(v=2, tail="x" * (limits.TAIL_CHARS + 1)),
             manifest_of(v=2, tail=5),
+            manifest_of(v=2, size=-1),
+            manifest_of(size=-1, chunks=[]),
+            manifest_of(v=2).replace(b'"v"', b'"tail":"\\ud800","v"'),
             manifest_of(tail="x"),
             manifest_of(v="1"),
             manifest_of(size=-1),
@@ -298,6 +313,120 @@ class TestManifests:
             unsealed(msgspec.structs.replace(chunk, payload=chunk.payload[:-1] + b"?"))
 
 
+def shared(body: bytes, old: bytes = b"", shape: Shape | None = None) -> tuple[list[StoredForm], StoredForm, Shape]:
+    return seal_shared((NS, "k", JSON, None), body, plan_parts(body, old, shape))
+
+
+def grown(bodies: Sequence[bytes]) -> tuple[dict[Digest, StoredForm], StoredForm]:
+    """Every chunk that was stored for a body that grew, and the manifest of its last version."""
+    chunks: dict[Digest, StoredForm] = {}
+    old, shape, head = b"", Shape(), None
+    for body in bodies:
+        forms, head, shape = shared(body, old, shape)
+        chunks |= {form.digest: form for form in forms}
+        old = body
+    assert head is not None
+    return chunks, head
+
+
+def conversation(turns: int) -> bytes:
+    return msgspec.json.encode([{"turn": turn, "says": f"ü {turn * 7919} " * 30} for turn in range(turns)])
+
+
+class TestSharedParts:
+    @examples(60)
+    @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.booleans())
+    def test_what_is_sealed_in_parts_joins_to_the_same(self, turns: list[int], has_counter: bool) -> None:
+        bodies = [
+            conversation(count) + b" " * 600 + (b'{"n":%d}' % place if has_counter else b"")
+            for place, count in enumerate(turns)
+        ]
+        chunks, head = grown(bodies)
+        row = unsealed(head)
+        assert (row.form, row.size) == ("manifest", len(bodies[-1]))
+        manifest = decode_manifest(row.body)
+        assert manifest.v == 2
+        joined = join(row, {digest: unsealed(chunks[digest]).body for digest in manifest.chunks})
+        assert (joined.body, joined.size, joined.form) == (bodies[-1], len(bodies[-1]), "plain")
+        assert joined.digest == compute_digest(NS, "k", bodies[-1])
+        assert {unsealed(form).form for form in chunks.values()} == {"chunk"}
+
+    def test_the_reference_does_not_depend_on_how_a_body_is_stored(self) -> None:
+        body = conversation(60)
+        assert shared(body)[1].digest == seal(NS, "k", body)[-1].digest
+        assert grown([conversation(50), body])[1].digest == shared(body)[1].digest
+
+    def test_only_what_is_new_is_to_be_stored(self) -> None:
+        old, new = conversation(40), conversation(41)
+        _, _, shape = shared(old)
+        forms, head, grown_shape = shared(new, old, shape)
+        assert sum(len(unsealed(form).body) for form in forms) < 1_000
+        assert grown_shape.parts[: len(shape.parts)] == shape.parts
+        assert len(head.payload) < 300
+
+    def test_a_part_that_was_put_together_names_what_it_begins_with(self) -> None:
+        chunks, _ = grown([conversation(turns) for turns in range(20, 60)])
+        named = [unsealed(form) for form in chunks.values() if "Hf-Parts" in form.headers]
+        assert named
+        for row in named:
+            beginning = b"".join(unsealed(chunks[digest]).body for digest, _ in row.parts)
+            assert row.body.startswith(beginning)
+            assert [size for _, size in row.parts] == [len(unsealed(chunks[digest]).body) for digest, _ in row.parts]
+
+    @pytest.mark.parametrize(
+        "parts",
+        ["", "x", "a:1", "a" * 32, "a" * 32 + ":", "a" * 32 + ":-1", "a" * 32 + ":1e3", "a" * 32 + ":99999999", ","],
+    )
+    def test_a_list_of_parts_that_does_not_read_is_no_matter(self, parts: str) -> None:
+        """The chunk is what its digest says, whatever it is said to begin with."""
+        (form, *_), _, _ = shared(conversation(30))
+        row = unsealed(form, Hf_Parts=parts)
+        assert (row.parts, row.form) == ((), "chunk")
+
+    @pytest.mark.parametrize(
+        "change", ["a byte more", "a byte less", "another tail", "no tail", "swapped", "repeated", "dropped"]
+    )
+    def test_a_manifest_that_was_altered_does_not_join(self, change: str) -> None:
+        chunks, head = grown([conversation(turns) for turns in (20, 24, 28)])
+        row = unsealed(head)
+        manifest = decode_manifest(row.body)
+        first, *others = manifest.chunks
+        altered = {
+            "a byte more": {"size": manifest.size + 1},
+            "a byte less": {"size": manifest.size - 1},
+            "another tail": {"tail": "}" * len(manifest.tail or "")},
+            "no tail": {"tail": ""},
+            "swapped": {"chunks": [*others, first]},
+            "repeated": {"chunks": [first, *manifest.chunks]},
+            "dropped": {"chunks": others},
+        }[change]
+        body = msgspec.json.encode(msgspec.structs.replace(manifest, **altered))
+        bodies = {digest: unsealed(form).body for digest, form in chunks.items()}
+        assert join(row, bodies).body == conversation(28)
+        with pytest.raises(DigestMismatchError):
+            join(msgspec.structs.replace(row, body=body), bodies)
+
+    def test_a_manifest_that_names_one_chunk_thousands_of_times_takes_no_memory(self) -> None:
+        chunk = bytes(limits.CHUNK_BYTES)
+        digest = compute_digest(NS, "chunk", chunk, content_type=BINARY)
+        manifest = Manifest(size=limits.BODY_BYTES, chunks=[digest] * limits.MANIFEST_CHUNKS, tail="", v=2)
+        row = unsealed(
+            StoredForm(Digest("a" * 32), {"Hf-Kind": "k", "Hf-Form": "manifest"}, msgspec.json.encode(manifest))
+        )
+        tracemalloc.start()
+        try:
+            with pytest.raises(DigestMismatchError):
+                join(row, {digest: chunk})
+            assert tracemalloc.get_traced_memory()[1] < limits.MIB
+        finally:
+            tracemalloc.stop()
+
+    def test_what_is_said_to_be_text_and_is_not_has_no_tail_of_text(self) -> None:
+        body = b"a" * 3_000 + b"\xff" * 5
+        with pytest.raises(UnicodeDecodeError):
+            seal_shared((NS, "k", "text/plain", None), body, [Piece(0, 3_000)])
+
+
 class GoldenForm(msgspec.Struct, forbid_unknown_fields=True):
     """One context as a version of the format stores it."""
 
@@ -319,6 +448,26 @@ def test_every_version_of_the_format_is_still_read(path: Path) -> None:
         row = whole(context.forms, context.namespace)
         assert (row.body, row.kind, row.content_type) == (body, context.kind, context.content_type)
         assert row.expires_at_ms == context.expires_at_ms
+
+
+def test_shared_parts_are_written_as_the_golden_ones_are() -> None:
+    """All but zstd's frames; which parts a body has may be planned otherwise, how they are stored may not."""
+    contexts = msgspec.json.decode((GOLDEN / "stored-form-v2.json").read_bytes(), type=list[GoldenForm])
+    for context in contexts:
+        golden = {form.digest: form for form in context.forms}
+        head = context.forms[-1]
+        pieces: list[Piece] = []
+        for digest in decode_manifest(inflate(head.headers, head.payload)).chunks:
+            row = unsealed(golden[digest], context.namespace)
+            start = pieces[-1].end if pieces else 0
+            pieces.append(Piece(start, start + row.size, of=tuple(Part(*part) for part in row.parts)))
+        body = bytes.fromhex(context.body_hex)
+        identity = (context.namespace, context.kind, context.content_type, context.expires_at_ms)
+        chunks, written, _ = seal_shared(identity, body, pieces)
+        for form in (*chunks, written):
+            assert form.headers == golden[form.digest].headers
+            assert inflate(form.headers, form.payload) == inflate(form.headers, golden[form.digest].payload)
+        assert {form.digest for form in (*chunks, written)} == set(golden)
 
 
 def test_the_format_that_is_written_is_the_newest_golden_one() -> None:

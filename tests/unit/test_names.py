@@ -15,6 +15,7 @@ from holdfast.schemas.names import (
     MARKER,
     check_agent,
     check_event_name,
+    check_key,
     check_kind,
     check_namespace,
     decode_token,
@@ -25,6 +26,8 @@ from holdfast.streams.wire import (
     dead_subject,
     event_subject,
     hot_subject,
+    key_filter,
+    key_subject,
     namespace_token,
     parse_event_subject,
     parse_hot_subject,
@@ -138,6 +141,21 @@ def test_names_are_bounded_in_utf8_bytes(check: Callable[[object], str], limit: 
         assert len(str(caught.value)) < 300
 
 
+def test_a_key_is_bounded_in_bytes_and_in_segments() -> None:
+    for legal in ("x", "x" * 768, "ü" * 384, " ", "\x00", ".", "..", ".a.", "a*>$b", ".".join("a" * 32), "." * 31):
+        assert check_key(legal) == legal
+    bad: list[Any] = ["", "x" * 769, "ü" * 384 + "x", "x" * 100_000, "\ud800", None, 5, b"x", ["x"]]
+    for value in bad:
+        with pytest.raises(InvalidNameError) as caught:
+            check_key(value)
+        assert caught.value.field == "key"
+        assert len(str(caught.value)) < 300
+    for value in (".".join("a" * 33), "." * 32, "." * 768):
+        with pytest.raises(InvalidNameError) as caught:
+            check_key(value)
+        assert (caught.value.field, caught.value.limit) == ("key", 32)
+
+
 def test_an_event_name_has_sixteen_segments_at_most() -> None:
     assert check_event_name(":".join("a" * 16)) == ":".join("a" * 16)
     with pytest.raises(InvalidNameError) as caught:
@@ -164,6 +182,63 @@ def test_an_event_subject_comes_apart_again(namespace: str, agent: str, name: st
     assert all(SAFE.match(token) for token in subject.split("."))
     assert parse_event_subject(subject) == (namespace, agent, name)
     assert service_subject(namespace, "put").split(".")[1] == subject.split(".")[1]
+
+
+KEYS = st.one_of(LEGAL, st.lists(PIECES | st.sampled_from(["a", "b"]), min_size=1, max_size=20).map("".join)).filter(
+    lambda key: len(key.encode()) <= 768 and key.count(".") < 32
+)
+
+
+@examples(300)
+@given(LEGAL, KEYS)
+@example("ns", ".")
+@example("ns", "..a")
+@example("ns", "x--")
+@example("*", ">")
+def test_the_subject_of_a_key_comes_apart_again(namespace: str, key: str) -> None:
+    subject = key_subject(namespace, key)
+    assert subject.startswith("$KV.ctx-keys.")
+    tokens = subject.removeprefix("$KV.ctx-keys.").split(".")
+    assert all(SAFE.match(token) for token in tokens)
+    assert len(tokens) == key.count(".") + 2
+    assert parse_key_subject(subject) == (namespace, key)
+
+
+def test_ten_thousand_keys_have_as_many_subjects() -> None:
+    random = Random(2027)
+    keys: set[str] = set()
+    while len(keys) < 10_000:
+        parts = [
+            random.choice(PIECE_LIST) if random.random() < 0.7 else chr(random.choice(_PLANES)(random))
+            for _ in range(random.randrange(1, 14))
+        ]
+        keys.add("".join(parts))
+    subjects = {key_subject("a.b", key) for key in keys}
+    assert len(subjects) == len(keys)
+    assert {parse_key_subject(subject) for subject in subjects} == {("a.b", key) for key in keys}
+
+
+@examples(300)
+@given(LEGAL, KEYS, st.integers(0, 40), LEGAL)
+def test_the_filter_of_a_prefix_takes_in_every_key_that_begins_with_it(
+    namespace: str, key: str, length: int, other: str
+) -> None:
+    """As the server matches; and none of another namespace, whatever its name."""
+    prefix = key[:length]
+    wanted = key_filter(namespace, prefix).split(".")
+    assert wanted.pop() == ">"
+    tokens = key_subject(namespace, key).split(".")
+    assert tokens[: len(wanted)] == wanted
+    assert len(tokens) > len(wanted)
+    assert (key_subject(other, key).split(".")[2] == wanted[2]) == (other == namespace)
+
+
+def test_the_longest_subject_of_a_key_fits_the_servers_control_line() -> None:
+    for key in (".".join(["*" * 23] * 32), "*" * 768):
+        assert check_key(key) == key
+        # Asked for by a direct get: beside it stand the verb, the reply subject and the sizes.
+        assert len(f"$JS.API.DIRECT.GET.KV_ctx-keys.{key_subject('.' * 64, key)}") < 4096 - 200
+    assert len(key_filter("." * 64, "*" * 700 + ".")) < 4096 - 200
 
 
 @given(LEGAL, st.text(alphabet="abc234567", min_size=32, max_size=32))

@@ -105,7 +105,7 @@ def update(
 
 def merged(merge: Mapping[str, Any]) -> Callable[[Any], Any]:
     """An object with another one merged into it."""
-    # As JSON holds it: a member named by a number is the member of that text, and what no body may be is told now.
+    # As JSON holds it, so that a struct is merged as the object it is; and what no body may be is told now.
     raw = encode_json(dict(merge), field="merge")
     check_nesting(raw, field="merge")
     patch = msgspec.json.decode(raw)

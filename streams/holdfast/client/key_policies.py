@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from holdfast.schemas.errors import NotFoundError
-from holdfast.schemas.names import check_key
+from holdfast.client.key_arguments import check_prefix
+from holdfast.schemas.errors import InvalidFieldError, NotFoundError
 from holdfast.schemas.policies import DEFAULT_POLICIES, POLICIES_KEY, KeyPolicy, Policies, decode_policies
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ class PrefixPolicies:
 
     async def set(self, prefix: str, policy: KeyPolicy | None) -> Policies:
         """Sets, or takes away, what holds for a prefix; returns all policies."""
-        if prefix:
-            check_key(prefix)
+        check_prefix(prefix)
+        if policy is not None:
+            _check(prefix, policy)
 
         def change(body: Any) -> Any:
             policies = decode_policies(msgspec.json.encode(body))
@@ -49,7 +50,7 @@ class PrefixPolicies:
             if policy is not None:
                 prefixes[prefix] = policy
             changed = msgspec.structs.replace(policies, prefixes=prefixes)
-            # A policy made in Python has not been checked; stored, a wrong one would stop every write of the namespace.
+            # Read again before it is stored: what cannot be would stop every write of the namespace.
             return msgspec.to_builtins(decode_policies(msgspec.json.encode(changed)))
 
         default = msgspec.to_builtins(DEFAULT_POLICIES)
@@ -63,6 +64,16 @@ class PrefixPolicies:
             return decode_policies((await self._keys.get(POLICIES_KEY)).raw)
         except NotFoundError:
             return DEFAULT_POLICIES
+
+
+def _check(prefix: str, policy: KeyPolicy) -> None:
+    """Raises unless a policy, which Python makes unchecked, can be read: a wrong one would stop every write."""
+    try:
+        msgspec.convert(msgspec.to_builtins(policy), KeyPolicy)
+    except msgspec.ValidationError as error:
+        raise InvalidFieldError(
+            f"the policy of {prefix!r} cannot be: {error}", field="policy", hint="a ttl_s of 0 stands for no end"
+        ) from error
 
 
 def _is_fresh(read: tuple[float, Policies]) -> bool:

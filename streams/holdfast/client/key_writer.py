@@ -297,6 +297,9 @@ class KeyWriter:
                 break  # its turn comes with the body
             try:
                 draft = change.decide(state)
+                if draft is not None and draft.body is not None and draft.encrypt:
+                    sealed = await asyncio.to_thread(seal_contexts, self._ring, [draft.body])
+                    draft = msgspec.structs.replace(draft, body=sealed[0])
             except Exception as error:  # noqa: BLE001  whatever the caller's function raises is its caller's
                 # Refused, or a failure of the caller's own function: told only of what is certain to be the newest.
                 if steps:
@@ -333,8 +336,6 @@ class KeyWriter:
         self, key: str, head: Head, base: Grown | None, last: KeyVersionRow | None, steps: list[_Step]
     ) -> None:
         contexts = [step.draft.body for step in steps if step.draft.body is not None]
-        if contexts and steps[-1].draft.encrypt:
-            contexts[-1:] = await asyncio.to_thread(seal_contexts, self._ring, contexts[-1:])
         if base is None and last is not None and contexts:
             base = await self._bodies.base_for(contexts[0], last.ref, head.at)
         stored = await self._bodies.store_chain(contexts, base) if contexts else []

@@ -248,7 +248,7 @@ def decode_manifest(body: bytes) -> Manifest:
             field="size",
             limit=limits.BODY_BYTES,
         )
-    if not (_has_form(manifest) and all(map(is_digest, manifest.chunks))):
+    if not (manifest.size >= 0 and _has_form(manifest) and all(map(is_digest, manifest.chunks))):
         raise InvalidBodyError("manifest is not of the form size, chunks, tail", field="body")
     return manifest
 

@@ -203,7 +203,8 @@ def decode_key_head(message: StoredMessage) -> tuple[KeyVersionRow, tuple[int, .
         epoch=message.epoch,
         seq=message.seq,
         ref=ref,
-        event_id=body.event_id,
+        # Whoever writes versions by hand may name any id: a UUID is what the lake has a column for.
+        event_id=None if body.event_id is None else normal_event_id(namespace, body.event_id)[0],
         changed_by=body.changed_by,
         change_type=body.change_type,
         tags=body.tags,

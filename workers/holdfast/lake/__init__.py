@@ -7,7 +7,8 @@ protocol.  ``pip install holdfast[lake]`` is enough for :func:`connect`; the ind
 For readers::
 
     connect(path, nats_url=None, *, tail=None, index=None, config=None) -> Connection  # .execute .sql .cursor .pinned
-    # views contexts, events, key_versions, contexts_stored, current_keys; keys_as_of(moment), get_context_stats()
+    # views contexts, events, key_versions, contexts_stored, current_keys;
+    # table macros contexts_of(refs), keys_as_of(moment), get_context_stats()
     query_events(connection, EventFilter(...), since_ms=, until_ms=, limit=, cursor=) -> EventPage
 
 For the archiver, the compactor and the janitor::

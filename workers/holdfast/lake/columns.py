@@ -13,7 +13,7 @@ bodies, JSON     DELTA_LENGTH_…         lengths apart from bytes
 
 A body that is valid UTF-8 is in ``body``, any other (and every chunk, which may split a character) in
 ``body_binary``: exact bytes either way.  ``created_at`` is null in the rows that bring no context of their own
-(``chunk``, ``touch``), so that a file's null count tells how many contexts it brings without opening it.
+(``chunk``, ``joint``, ``touch``), so that a file's null count tells how many contexts it brings without opening it.
 Times are naive UTC (``timestamp_ntz``): a TIMESTAMPTZ would need pytz to reach Python from DuckDB.
 """
 
@@ -203,7 +203,7 @@ def to_batch(table: Table, rows: Sequence[Row]) -> Any:
 _GETTERS: Final[dict[str, Callable[[Any], Any]]] = {
     "event_id": lambda row: row.id if isinstance(row, EventRow) else row.event_id,
     "stream_seq": attrgetter("seq"),
-    "created_at": lambda row: None if row.form in ("chunk", "touch") else row.stored_at_ms,
+    "created_at": lambda row: None if row.form in ("chunk", "joint", "touch") else row.stored_at_ms,
 }
 
 
@@ -239,7 +239,7 @@ def _body_columns(rows: Sequence[ContextRow]) -> dict[str, Any]:
     texts: list[bytes | None] = []
     others: list[bytes | None] = []
     for row in rows:
-        is_text = row.form in ("plain", "manifest")
+        is_text = row.form in ("plain", "manifest", "joint")
         texts.append(row.body if is_text else None)
         others.append(row.body if row.form == "chunk" else None)
     try:

@@ -41,10 +41,10 @@ class Connection:
     """A DuckDB connection whose every statement sees the lake, and the live tail, as of its start.
 
     Everything that a ``duckdb.DuckDBPyConnection`` has works here; ``execute`` returns this object.  Views:
-    ``contexts``, ``events``, ``key_versions``, ``current_keys``, ``contexts_stored``, and the table macros
-    ``keys_as_of(moment)`` and ``get_context_stats()``.  They cannot be written to; tables of one's own
-    live in memory.  A lazy relation (``sql``, ``table``) is evaluated against the newest picture that this connection
-    has taken by then.  Not for several threads at once: give each its own :meth:`cursor`.
+    ``contexts``, ``events``, ``key_versions``, ``current_keys``, ``contexts_stored``; table macros:
+    ``contexts_of(refs)``, ``keys_as_of(moment)``, ``get_context_stats()``.  They cannot be written to; tables of one's
+    own live in memory.  A lazy relation (``sql``, ``table``) is evaluated against the newest picture that this
+    connection has taken by then.  Not for several threads at once: give each its own :meth:`cursor`.
     """
 
     def __init__(self, duck: duckdb.DuckDBPyConnection, taker: PictureTaker, *, owns_taker: bool) -> None:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from holdfast.lake.columns import to_rows
+from holdfast.lake.joints import assemble
 from holdfast.lake.manifests import check_size, decode_manifest, join, require_chunks
 from holdfast.schemas.errors import DigestMismatchError, IntegrityError, UnavailableError
 from holdfast.schemas.refs import Digest, compute_digest
@@ -68,8 +69,21 @@ class Lookup:
     def get_contexts(self, digests: Iterable[Digest]) -> dict[Digest, ContextRow]:
         """Returns the rows that hold these contexts, of those that the lake holds; manifests as stored.
 
-        Every other body is hashed again: DigestMismatchError names the file and the row of one that is damaged.
+        A joint comes as the chunk that it stands for.  Every body but a manifest's is hashed again:
+        DigestMismatchError names the file and the row of one that is damaged, IntegrityError the part that a joint
+        lacks.
         """
+        found = self._stored(digests)
+        joints = [row for row in found.values() if row.form == "joint"]
+        if joints:
+            made, failed = assemble(joints, self._stored)
+            if failed:
+                raise next(iter(failed.values()))
+            found |= made
+        return found
+
+    def _stored(self, digests: Iterable[Digest]) -> dict[Digest, ContextRow]:
+        """Returns rows as they are stored, checked but for those that name others."""
         wanted = list(dict.fromkeys(digests))
         positions = self._index.find_contexts(wanted)
         if len(positions) < len(wanted):
@@ -131,7 +145,7 @@ class Lookup:
         return join(row, manifest, chunks)
 
     def _check(self, row: ContextRow, digest: Digest, position: Position) -> None:
-        if row.form == "manifest":
+        if row.form in ("manifest", "joint"):
             actual = row.digest  # the whole is checked when its chunks are joined
         else:
             actual = compute_digest(

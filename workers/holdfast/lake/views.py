@@ -6,6 +6,12 @@ Never a glob: a Delta directory also holds files that were compacted away, and f
 of a larger body) do not appear, a chunked body is put together from its parts.  ``body`` is text where the bytes are
 valid UTF-8 and null otherwise; ``body_bytes`` is always there.  ``contexts_stored`` shows every row as it is stored.
 
+``contexts_of(refs)`` shows the contexts of a list of references.  It is for joins: a join with ``contexts`` may put
+every body together before it finds that it needs a few, since DuckDB does not promise to narrow one side by the other::
+
+    SELECT key, body FROM current_keys JOIN contexts_of((SELECT list(ref) FROM current_keys WHERE key LIKE 'plan.%'))
+    USING (namespace, ref)
+
 ``current_keys`` shows the newest version of each named context, ``keys_as_of(moment)`` the newest that the server had
 stored by then (a timestamp; without a zone, or as text, it is UTC); both have the columns of ``key_versions`` and
 ``live``: neither deleted nor expired, now or at that moment.  ``get_context_stats()`` is one row of totals.  Times are
@@ -34,8 +40,8 @@ STORED: Final[dict[Table, str]] = {"contexts": "contexts_stored", "events": "eve
 _CONTEXTS: Final = """
 WITH manifests AS (
     SELECT ref, namespace, kind, content_type, size, created_at, expires_at, epoch, stream_seq, day,
-        from_json(body, '{"chunks": ["VARCHAR"], "tail": "VARCHAR"}') AS manifest
-    FROM contexts_stored WHERE form = 'manifest'
+        from_json(body, '{{"chunks": ["VARCHAR"], "tail": "VARCHAR"}}') AS manifest
+    FROM contexts_stored WHERE form = 'manifest' {and_wanted}
 ), parts AS (
     SELECT * EXCLUDE manifest, manifest.tail AS tail,
         unnest(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END) AS digest,
@@ -61,7 +67,7 @@ WITH manifests AS (
 )
 SELECT ref, namespace, kind, content_type, body, coalesce(body_binary, encode(body)) AS body_bytes, size,
     created_at, expires_at, epoch, stream_seq, day
-FROM contexts_stored WHERE form = 'plain'
+FROM contexts_stored WHERE form = 'plain' {and_wanted}
 UNION ALL
 SELECT ref, namespace, kind, content_type, try(decode(bytes)), bytes, size,
     created_at, expires_at, epoch, stream_seq, day
@@ -128,7 +134,9 @@ def view_statements(
         tail = (tails or {}).get(snapshot.table)
         yield f"{create} {STORED[snapshot.table]} AS {_stored_rows(snapshot, tail)}"
         if snapshot.table == "contexts":
-            yield f"{create} contexts AS {_CONTEXTS}"
+            yield f"{create} contexts AS {_CONTEXTS.format(and_wanted='')}"
+            of_refs = _CONTEXTS.format(and_wanted="AND ref IN (SELECT unnest(refs))")
+            yield f"{macro} contexts_of(refs) AS TABLE {of_refs}"
         elif snapshot.table == "key_versions":
             yield f"{create} current_keys AS {_NEWEST.format(moment=_NOW, where='')}"
             at_moment = _NEWEST.format(moment=_MOMENT, where=f"WHERE stored_at <= {_MOMENT}")

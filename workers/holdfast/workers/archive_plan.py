@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from holdfast.lake.joints import to_joint
 from holdfast.schemas import limits
 from holdfast.schemas.errors import ConflictError, HoldfastError
 from holdfast.schemas.rows import Anchor, ContextRow, EventRow, KeyVersionRow, Row, Table
@@ -101,6 +102,25 @@ def deduplicate_contexts(rows: Sequence[Row], archived: Container[Digest]) -> li
             seen.add(row.digest)
             kept.append(row)
     return kept
+
+
+def join_contexts(rows: Sequence[Row], archived: Container[Digest]) -> list[Row]:
+    """Returns the rows with chunks of chunks as joints, of which the lake holds, or gets with these rows, every part.
+
+    ``rows`` are deduplicated; ``archived`` tells of their parts as well.
+    """
+    brought = {row.digest for row in rows if isinstance(row, ContextRow) and row.form == "chunk"}
+    held = _Either(brought, archived)
+    return [to_joint(row, held) if isinstance(row, ContextRow) else row for row in rows]
+
+
+class _Either(Container["Digest"]):
+    def __init__(self, one: Container[Digest], other: Container[Digest]) -> None:
+        self._one = one
+        self._other = other
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._one or digest in self._other
 
 
 def deduplicate_by_key(rows: Sequence[Row], archived: Container[EventKey | VersionKey]) -> Deduplicated:

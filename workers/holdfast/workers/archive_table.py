@@ -42,6 +42,7 @@ from holdfast.workers.archive_plan import (
     decode_run,
     deduplicate_by_key,
     deduplicate_contexts,
+    join_contexts,
     key_of,
     same_content,
 )
@@ -323,7 +324,7 @@ class TableArchiver:
         ]
         archived = await self._in_thread(lambda: self._archived(rows))
         if self.table == "contexts":
-            return deduplicate_contexts(rows, archived), rejected
+            return await self._in_thread(lambda: join_contexts(deduplicate_contexts(rows, archived), archived)), rejected
         result = deduplicate_by_key(rows, archived)
         self.counters.repeated += result.repeated
         if not result.contested:
@@ -360,9 +361,11 @@ class TableArchiver:
         return refused
 
     def _archived(self, rows: list[Row]) -> Any:
-        """Keys of these rows, of contexts their digests, that the lake holds already."""
+        """Keys of these rows, of contexts their digests and those of their parts, that the lake holds already."""
         if self.table == "contexts":
-            return self._index.find_contexts([row.digest for row in rows if isinstance(row, ContextRow)])
+            contexts = [row for row in rows if isinstance(row, ContextRow)]
+            parts = [digest for row in contexts for digest, _ in row.parts]
+            return self._index.find_contexts(dict.fromkeys([*(row.digest for row in contexts), *parts]))
         if self.table == "events":
             return self._index.find_events([(row.namespace, row.id) for row in rows if isinstance(row, EventRow)])
         return self._index.find_key_versions(
