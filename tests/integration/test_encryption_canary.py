@@ -20,9 +20,10 @@ import msgspec
 import pytest
 from backports import zstd
 
-from holdfast.client import EncryptionKeyError, Holdfast, Ref, connect
+from holdfast.client import ContextClient, EncryptionKeyError, Holdfast, Ref, connect
 from holdfast.client.encryption import SEALED
 from holdfast.client.key_ring import KeyRing
+from holdfast.schemas.policies import KeyPolicy
 from holdfast.schemas.refs import JSON, parse_ref
 from holdfast.streams.codec import reseal
 from holdfast.streams.hot import HotTier
@@ -103,7 +104,47 @@ async def bury(planter: Planter, subject: str) -> None:
         await client.jetstream().publish(subject, payload, headers=headers)
 
 
+async def named(planter: Planter) -> None:
+    """Every way of changing a key, on one that was begun encrypted: it stays so."""
+    keys = planter.hf.keys
+    key = f"secret.{planter.encrypt}"
+    await keys.put(key, {"a": planter.canary}, encrypt=planter.encrypt)
+    await keys.patch(key, {"b": f"{planter.canary} patched"})
+    await keys.update(key, lambda body: {**body, "c": [planter.canary] * 3})
+    await keys.put(key, f"{planter.canary} again", encrypt=planter.encrypt)
+    await keys.rollback(key, 2)
+    await keys.delete(key)
+    await keys.commit({f"{key}.{n}": [n, planter.canary] for n in range(3)}, encrypt=planter.encrypt)
+
+
+async def grown(planter: Planter) -> None:
+    """A conversation that would share its parts if it were not encrypted."""
+    key = f"conversation.{planter.encrypt}"
+    await planter.hf.keys.put(key, [], encrypt=planter.encrypt)
+    for turn in range(12):
+        await planter.hf.keys.append(key, {"turn": turn, "said": f"{planter.canary} {turn} " * 20})
+
+
+async def by_policy(planter: Planter) -> None:
+    """A prefix whose bodies are encrypted without the writer's doing."""
+    prefix = f"policy.{planter.encrypt}."
+    await planter.hf.keys.set_policy(prefix, KeyPolicy(encrypt=planter.encrypt))
+    await planter.hf.keys.put(f"{prefix}a", {"secret": planter.canary})
+    await planter.hf.keys.append(f"{prefix}b", planter.canary)
+
+
+async def by_the_store(planter: Planter) -> None:
+    async with ContextClient(client=planter.hf) as client:
+        key = f"notes-{planter.encrypt}"
+        await client.store(key, {"note": planter.canary}, {"encrypt": planter.encrypt})
+        await client.update(key, {"more": planter.canary}, {"changeType": "merge"})
+
+
 PLANTS: Final[tuple[Plant, ...]] = (
+    named,
+    grown,
+    by_policy,
+    by_the_store,
     small,
     text_that_compresses,
     chunked,
