@@ -7,12 +7,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SEED ?= 1
+STEPS ?= 100000
+KILLS ?= 1000
 
 # pyright asks the package index for a newer release of itself unless told not to.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports bench coverage format wheel-check clean
+.PHONY: help demo test check lint types imports bench coverage torture-keys torture-commits format wheel-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +42,12 @@ imports: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev  ## benchmarks beside their raw limits; JSON in benchmarks/results/
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+torture-keys: $(VENV)/.stamp-dev  ## named contexts beside their model; SEED=1 STEPS=100000
+	@$(BIN)/python -m tests.campaigns.keys --seed $(SEED) --steps $(STEPS)
+
+torture-commits: $(VENV)/.stamp-dev  ## commits of twenty keys by clients that are killed; SEED=1 KILLS=1000
+	@$(BIN)/python -m tests.campaigns.commits --seed $(SEED) --kills $(KILLS)
 
 coverage: $(VENV)/.stamp-dev  ## the test suite with branch coverage
 	@$(BIN)/coverage erase

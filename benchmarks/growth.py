@@ -51,6 +51,9 @@ else:
     from backports import zstd
 
 SESSIONS: Final = 20
+TURNS_A_COMMIT: Final = 15
+"""Turns of interleaved sessions between two commits of the archiver, about as many commits as there are sessions."""
+
 LEVEL: Final = 3
 _LINE: Final = msgspec.json.Decoder(dict[str, Any])
 _ENCODER: Final = msgspec.json.Encoder(order="sorted")
@@ -122,7 +125,7 @@ async def measure(sessions: Sequence[Session], scratch: Path, *, interleaved: bo
         ):
             turns: dict[str, list[Turn]] = {}
             if interleaved:
-                await _store_interleaved(hf, sessions)
+                await _store_interleaved(hf, sessions, workers.connection)
                 turns[sessions[0].name] = []
             else:
                 for session in sessions:
@@ -178,8 +181,10 @@ async def _store(hf: Holdfast, session: Session) -> list[Turn]:
     return turns
 
 
-async def _store_interleaved(hf: Holdfast, sessions: Sequence[Session]) -> None:
+async def _store_interleaved(hf: Holdfast, sessions: Sequence[Session], connection: Connection) -> None:
     for turn in range(max(len(session.steps) for session in sessions)):
+        if turn % TURNS_A_COMMIT == 0:
+            await flush(connection)
         for session in sessions:
             if turn < len(session.steps):
                 await hf.keys.append(_key(session), session.steps[turn])

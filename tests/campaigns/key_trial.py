@@ -9,7 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import jsonpatch
 
@@ -25,8 +25,8 @@ from holdfast.schemas.ids import now_ms, utc_from_ms
 from holdfast.streams.publish import Outgoing, publish
 from holdfast.streams.server_clock import ServerClock
 from holdfast.streams.wire import key_subject
+from tests.campaigns.key_bodies import BODIES, CHANGES, FOREIGN, KEYS, grown
 from tests.campaigns.key_model import (
-    FOR_EVER_S,
     KEEP,
     Absent,
     Change,
@@ -40,56 +40,6 @@ from tests.campaigns.key_model import (
 if TYPE_CHECKING:
     from holdfast.client.key_model import KeyValue, KeyVersion
     from tests.campaigns.rig import Rig
-
-KEYS: Final = ("plan", "plan.a", "plan.a.b c*>ü", "x--.$.")
-"""Few, so that steps meet; some are the beginning of others, some are odd."""
-
-TURNS: Final = [{"role": "user", "content": f"turn {number}: " + "words and words " * 8} for number in range(40)]
-
-BODIES: Final[list[Any]] = [
-    *({}, {"a": 1}, [], [True], [1], None, 0, "", "ü text\x00", b"\x00\xff", {"a": {"b": [1, {"c": None}]}}),
-    *(TURNS[:8], TURNS[:20], TURNS, {"turns": TURNS[:25], "count": 25}, "long text " * 300, b"\x01\x02" * 2_000),
-    "very long text " * 40_000,
-]
-"""Small ones, those that are stored in parts (over 2 KiB), and one that is chunked (over 512 KiB)."""
-
-PATCHES: Final[list[dict[str, Any]]] = [
-    *({}, {"a": 1}, {"a": None}, {"b": {"c": 2}}, {"b": {"c": None}}, {"b": [1, 2]}, {"count": 7}),
-    *({"turns": TURNS[:30]}, {"turns": None}, {"note": "long note " * 250}),
-]
-
-FOREIGN: Final = (b"", b"garbage", b'{"version":0}', b'{"version":9,"op":"write"}', b'{"version":9,"op":"put","v":2}')
-
-
-def grown(body: Any) -> Any:
-    """More of the same."""
-    if isinstance(body, list):
-        return [*body, TURNS[len(body) % len(TURNS)]]
-    if isinstance(body, dict):
-        turns = body.get("turns")
-        more = [*turns, TURNS[len(turns) % len(TURNS)]] if isinstance(turns, list) else TURNS[:20]
-        return {**body, "turns": more, "count": len(more)}
-    if isinstance(body, str):
-        return f"{body} and more text"[:4_000]
-    return TURNS[:16]
-
-
-def _edited(body: Any) -> Any:
-    if isinstance(body, list) and body:
-        middle = len(body) // 2
-        return [*body[:middle], {"edited": body[middle] if middle % 2 else middle}, *body[middle + 1 :]]
-    return {"edited": 1}
-
-
-CHANGES: Final[list[Callable[[Any], Any]]] = [
-    grown,
-    lambda body: grown(grown(body)),
-    lambda body: body[:-1] if isinstance(body, list) else body,
-    _edited,
-    lambda body: body[::-1] if isinstance(body, list) else [body],
-    lambda body: [*body[1:], *body[:1]] if isinstance(body, list) else {"was": body},
-    lambda _: KEEP,
-]
 
 
 class TrialClock(ServerClock):
@@ -158,6 +108,12 @@ class KeyTrial:
         """What a program does that keeps a conversation and stores it after every turn."""
         live = self.model.live(key)
         await self.put(client, key, grown(None if live is None else live.body), change)
+
+    async def put_again(self, client: int, key: str, other: str, back: int, change: Change) -> None:
+        """Puts the body of an older version, or of another key: equal bodies are one, however each came about."""
+        chain = self.model.chains.get(other, [])
+        if 0 <= back < len(chain) and not chain[-1 - back].is_tombstone:
+            await self.put(client, key, chain[-1 - back].body, change)
 
     async def patch(self, client: int, key: str, merge: dict[str, Any], change: Change) -> None:
         await self._write(
@@ -258,7 +214,8 @@ class KeyTrial:
             return
         steps = [(client + number, "patch", number) for number in numbers]
         race = asyncio.ensure_future(self.race(key, steps))
-        await asyncio.sleep(0)
+        # The moment of the crash is what is tried out.
+        await asyncio.sleep(0.0005 * numbers[0])
         await self.rig.restart_server()
         await race
 
@@ -425,7 +382,7 @@ class KeyTrial:
     ) -> tuple[KeyVersion, Callable[[], Version]] | None:
         keys, model = self.keys(client), self.model
         change = Change(agent=f"agent{client % 2}", change_type=f"{what} {number}")
-        said = {"change_type": change.change_type, "agent": change.agent}
+        said: dict[str, Any] = {"change_type": change.change_type, "agent": change.agent}
         self._claims += 1
         mark = {f"f{self._claims}": number}
         try:
@@ -515,6 +472,3 @@ async def _absent(work: Awaitable[object]) -> None:
 async def _next(changes: AsyncIterator[KeyVersion]) -> KeyVersion:
     async with asyncio.timeout(30):
         return await anext(changes)
-
-
-__all__ = ["BODIES", "CHANGES", "FOREIGN", "FOR_EVER_S", "KEYS", "PATCHES", "KeyTrial"]

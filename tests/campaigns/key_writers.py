@@ -136,7 +136,7 @@ async def main() -> None:
     chosen = parser.parse_args()
     if chosen.write:
         fields = msgspec.json.decode(sys.stdin.buffer.read(), type=list[int])
-        sys.stdout.buffer.write(msgspec.json.encode(await write(*chosen.write, fields, TASKS)))
+        sys.stdout.buffer.write(msgspec.json.encode(await write(chosen.write[0], chosen.write[1], fields, TASKS)))
         return
     rig = Rig()
     await rig.start()

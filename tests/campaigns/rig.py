@@ -87,10 +87,14 @@ class Rig:
             run_workers(target_of(self.server.url), NAMES, self._settings)
         )
 
-    async def restart_workers(self) -> None:
-        """Stops the workers and starts them again; meanwhile nobody reads the lake."""
+    async def stop_workers(self) -> None:
+        """Stops the workers; nobody archives, and nobody reads the lake."""
         await self._workers.aclose()
         self._workers = AsyncExitStack()
+
+    async def restart_workers(self) -> None:
+        """Stops the workers and starts them again."""
+        await self.stop_workers()
         await self.start_workers()
 
     async def restart_server(self) -> None:
@@ -138,6 +142,8 @@ class Rig:
         Whoever remembers of the stream what it said before must ask it again: ten minutes pass in this moment.
         """
         connection = self.clients[0].connection
+        # No tombstone may be the stream's last message: once that is gone, trimming goes no further.
+        await self.clients[0].keys.put("campaign", now_ms())
         lake, index = await asyncio.to_thread(self._open_lake)
         later_ms = now_ms() + int(MONTH_S * 1000)
         with ThreadPoolExecutor(1) as executor, index:

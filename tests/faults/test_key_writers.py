@@ -20,6 +20,7 @@ from tests.campaigns import commits, key_writers
 from tests.campaigns.rig import Rig
 
 if TYPE_CHECKING:
+    from holdfast.client.key_model import KeyVersion
     from holdfast.client.keys import Keys
     from tests.support import OwnServer
 
@@ -83,10 +84,74 @@ async def test_E08_versions_written_while_the_server_is_killed_are_there_once(ow
         assert found == Counter((mark, *place) for mark, place in written.items())
 
 
+@pytest.mark.slow
+async def test_readers_and_writers_do_not_see_the_hot_tier_being_emptied() -> None:
+    """Conversations grow while everything archived leaves the hot tier again and again, bodies and versions."""
+    rig = Rig()
+    said: dict[str, int] = dict.fromkeys(NAMES, 0)
+    ended = asyncio.Event()
+    try:
+        await rig.start(clients=4)
+        async with asyncio.TaskGroup() as group:
+            writers = [
+                group.create_task(_converse(hf.keys, key, said))
+                for hf in rig.clients[:2]
+                for key in NAMES
+                for _ in "ab"
+            ]
+            readers = [group.create_task(_look_back(hf.keys, ended)) for hf in rig.clients[2:]]
+            emptier = group.create_task(_empty(rig, ended))
+            await asyncio.wait(writers)
+            ended.set()
+        assert emptier.result() > 50, "hardly a version left the hot tier"
+        assert all(task.result() for task in readers)
+        async with connect(rig.server.url, agent="reader", cache_bytes=0) as fresh:
+            for key in NAMES:
+                newest = await fresh.keys.get(key)
+                assert newest.version == len(newest.body) == said[key]
+                assert {tuple(item["turn"]) for item in newest.body} == {(key, n) for n in range(said[key])}
+                assert [version.version async for version in fresh.keys.history(key)] == list(range(said[key], 0, -1))
+    finally:
+        await rig.stop()
+
+
+async def _converse(keys: Keys, key: str, said: dict[str, int]) -> None:
+    for _ in range(25):
+        number, said[key] = said[key], said[key] + 1
+        await keys.append(key, {"turn": [key, number], "text": f"what is said in turn {number} " * 8})
+
+
+async def _empty(rig: Rig, ended: asyncio.Event) -> int:
+    """Archives, evicts and trims until the others have ended; returns how many versions went."""
+    gone = 0
+    while not ended.is_set():
+        await rig.archive()
+        await rig.evict()
+        gone += await rig.trim(ahead_s=3_600.0, most_versions=1)
+    return gone
+
+
+async def _look_back(keys: Keys, ended: asyncio.Event) -> int:
+    """Reads histories and old versions, each of which must be whole; returns how many."""
+    choice = random.Random(SEED)
+    looks = 0
+    while not ended.is_set():
+        key = choice.choice(NAMES)
+        history = [version async for version in keys.history(key)]
+        assert [version.version for version in history] == list(range(len(history), 0, -1))
+        if history:
+            number = choice.randint(1, len(history))
+            assert len((await keys.get(key, number)).body) == number
+            assert len((await history[0].load()).body) == len(history)
+            looks += 1
+    return looks
+
+
 async def _write(keys: Keys, name: str, written: dict[str, tuple[str, int]]) -> None:
     choice = random.Random(f"{SEED} {name}")
     for number in range(WRITES):
         key, mark = choice.choice(NAMES), f"{name}.{number}"
+        version: KeyVersion
         match choice.choice(("put", "patch", "commit")):
             case "put":
                 version = await keys.put(key, {"mark": mark}, change_type=mark)

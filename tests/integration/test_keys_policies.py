@@ -6,6 +6,7 @@ import asyncio
 import math
 import secrets
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -83,7 +84,15 @@ async def test_policies_of_two_writers_both_stay(hf: Holdfast) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [KeyPolicy(ttl_s=-5), KeyPolicy(max_versions=-1), KeyPolicy(ttl_s=math.inf), KeyPolicy(ttl_s=math.nan)]
+    "policy",
+    [
+        KeyPolicy(ttl_s=-5),
+        KeyPolicy(ttl_s=math.inf),
+        KeyPolicy(ttl_s=math.nan),
+        KeyPolicy(max_versions=-1),
+        KeyPolicy(encrypt="yes"),  # type: ignore[arg-type]
+    ],
+    ids=str,
 )
 async def test_a_policy_that_cannot_be_is_refused_and_not_stored(hf: Holdfast, policy: KeyPolicy) -> None:
     """Stored, it would be read before every write, and refuse each of them."""
@@ -113,7 +122,7 @@ async def test_policies_that_somebody_broke_are_told_and_can_be_put_right(hf: Ho
         assert (await other.keys.put("k", 1)).version == 1
 
 
-async def test_many_writers_read_the_policies_once(hf: Holdfast) -> None:
+async def test_many_writers_read_the_policies_once(hf: Holdfast, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = 0
     get = hf.keys.get
 
@@ -122,7 +131,7 @@ async def test_many_writers_read_the_policies_once(hf: Holdfast) -> None:
         reads += key == POLICIES_KEY
         return await get(key, *arguments, **options)
 
-    hf.keys.get = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(hf.keys, "get", counted)
     await asyncio.gather(*(hf.keys.put(f"k{n}", n) for n in range(50)))
     assert reads == 1
 
@@ -165,7 +174,7 @@ async def test_E31_E13_an_expired_key_is_absent_at_once_to_everybody(
     assert goes.expires_at is not None
     assert datetime.now(UTC) >= goes.expires_at - timedelta(seconds=1)
     for keys in everybody:
-        await eventually(lambda keys=keys: is_gone(keys))
+        await eventually(partial(is_gone, keys))
         assert list(await keys.get_many(["goes", "stays"])) == ["stays"]
         assert [version.key async for version in keys.list()] == ["stays"]
 

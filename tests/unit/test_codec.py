@@ -391,7 +391,7 @@ class TestSharedParts:
         row = unsealed(head)
         manifest = decode_manifest(row.body)
         first, *others = manifest.chunks
-        altered = {
+        alterations: dict[str, dict[str, Any]] = {
             "a byte more": {"size": manifest.size + 1},
             "a byte less": {"size": manifest.size - 1},
             "another tail": {"tail": "}" * len(manifest.tail or "")},
@@ -399,8 +399,8 @@ class TestSharedParts:
             "swapped": {"chunks": [*others, first]},
             "repeated": {"chunks": [first, *manifest.chunks]},
             "dropped": {"chunks": others},
-        }[change]
-        body = msgspec.json.encode(msgspec.structs.replace(manifest, **altered))
+        }
+        body = msgspec.json.encode(msgspec.structs.replace(manifest, **alterations[change]))
         bodies = {digest: unsealed(form).body for digest, form in chunks.items()}
         assert join(row, bodies).body == conversation(28)
         with pytest.raises(DigestMismatchError):

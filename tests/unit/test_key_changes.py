@@ -136,7 +136,7 @@ def test_what_is_no_version_is_never_expected(expected: Any) -> None:
 
 # Time to live.
 
-WITH_EXPIRY = {"expires_at_ms": AT_MS + 77_000}
+WITH_EXPIRY: dict[str, Any] = {"expires_at_ms": AT_MS + 77_000}
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,8 @@ def test_appending_takes_a_list_and_leaves_it_as_it_was() -> None:
     items = [1]
     assert key_changes.appended(KEY, 2)(items) == [1, 2]
     assert items == [1]
-    for other in ({}, "text", None, 5):
+    others: list[Any] = [{}, "text", None, 5]
+    for other in others:
         with pytest.raises(InvalidBodyError, match="not a list"):
             key_changes.appended(KEY, 2)(other)
 

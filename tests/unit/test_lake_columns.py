@@ -151,7 +151,8 @@ def test_every_field_of_a_row_has_a_column() -> None:
     for table in TABLES:
         columns = {column.name for column in COLUMNS[table]}
         for field in ROW_TYPES[table].__struct_fields__:
-            if (table, field) == ("key_versions", "event_id"):
+            # An event id is named alike in two tables; parts are told by the hot tier alone, and become joints.
+            if (table, field) in {("key_versions", "event_id"), ("contexts", "parts")}:
                 continue
             assert renamed.get(field, field.removesuffix("_ms")) in columns
 

@@ -38,7 +38,8 @@ class Position(msgspec.Struct, frozen=True, order=True):
 
 
 class ContextRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One stored context.  ``body`` is the plain bytes (of a manifest or a joint: its JSON); ``size`` is that of the
+    """One stored context.  ``body`` is the plain bytes (of a manifest its JSON, of a joint its JSON, a newline and the
+    bytes that follow its parts); ``size`` is that of the
     whole plain body, also for those.  ``parts``: of a chunk that was put together, the stored chunks that it begins
     with, as its writer says; only what is read from the hot tier tells it."""
 

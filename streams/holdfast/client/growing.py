@@ -14,6 +14,7 @@ from holdfast.client.near_cache import MAX_AGE_MS
 from holdfast.schemas import limits
 from holdfast.schemas.errors import ConflictError, HoldfastError, NotFoundError, RetryError
 from holdfast.schemas.ids import now_ms
+from holdfast.schemas.names import CHUNK_KIND
 from holdfast.schemas.refs import JSON, Digest, Ref, parse_ref
 from holdfast.schemas.rows import ContextRow
 from holdfast.streams.codec import StoredForm, decode_manifest, join, require_chunks, seal, seal_shared
@@ -81,6 +82,7 @@ class GrowingBodies:
         self._near = near
         self._limit_bytes = cache_bytes
         self._known: OrderedDict[Ref, tuple[int, Grown]] = OrderedDict()
+        self._places: dict[int, tuple[Ref, Digest, int, int]] = {}
         self._bytes = 0
 
     async def store_chain(self, contexts: Sequence[NewContext], base: Grown | None) -> list[Grown]:
@@ -117,15 +119,20 @@ class GrowingBodies:
         if known is not None:
             return known, "cache"
         cached = self._near.get(ref, now_ms())
-        if cached is not None:
+        # It does not know in which parts a body is stored; without them the next version would share nothing.
+        if cached is not None and not _may_share(cached.content_type, cached.size):
             return Grown(cached), "cache"
         digest = parse_ref(ref).digest
         # A hint may come from anybody: one that is longer than ours ever are is none.
         hinted = [at[0] - below for below in at[1:]] if len(at) <= _HINTS + 1 else []
         found: dict[Digest, ContextRow] = {}
         if hinted:
-            parts, head = await asyncio.gather(self._hot.get_at(self._namespace, hinted), self._sound(digest))
-            found = parts if head is None else parts | {digest: head}
+            # A reader that follows a conversation has most of it: only what is new is fetched.
+            held = self._held_at(hinted)
+            held_seqs = {row.seq for row in held.values()}
+            left = [seq for seq in hinted if seq not in held_seqs]
+            parts, head = await asyncio.gather(self._at(left), self._sound(digest))
+            found = held | parts if head is None else held | parts | {digest: head}
         tier: Tier = "hot"
         if digest not in found:
             rows, tiers, errors = await self._reader.load_stored([digest])
@@ -152,7 +159,7 @@ class GrowingBodies:
 
         None when it cannot be read: sharing saves bytes, and is never needed.
         """
-        if ref is None or not _may_share(context):
+        if ref is None or not _may_share(context.content_type, len(context.body)):
             return None
         try:
             return (await self.load(ref, at))[0]
@@ -185,6 +192,28 @@ class GrowingBodies:
                     raise error from None
             if any(digest not in rows for digest in digests):
                 raise
+
+    def _held_at(self, seqs: Sequence[int]) -> dict[Digest, ContextRow]:
+        """The parts at these places of the hot tier that bodies in memory have."""
+        held: dict[Digest, ContextRow] = {}
+        for seq in seqs:
+            place = self._places.get(seq)
+            known = None if place is None else self.known(place[0])
+            if place is not None and known is not None:
+                _, digest, start, end = place
+                # Not hashed by itself: what is put together of it is.
+                body = known.row.body[start:end]
+                held[digest] = msgspec.structs.replace(
+                    known.row, digest=digest, kind=CHUNK_KIND, body=body, size=len(body), seq=seq, form="chunk"
+                )
+        return held
+
+    async def _at(self, seqs: Sequence[int]) -> dict[Digest, ContextRow]:
+        """What stands where a hint says, as far as it can be read now."""
+        try:
+            return await self._hot.get_at(self._namespace, seqs)
+        except RetryError:
+            return {}  # looked for by digest, and as long as it takes
 
     async def _sound(self, digest: Digest) -> ContextRow | None:
         """What the hot tier holds under a digest, if it is not damaged."""
@@ -224,6 +253,11 @@ class GrowingBodies:
         # What was erased is served from here for a minute at most, as from the near cache.
         self._known[row.ref] = now_ms() + MAX_AGE_MS, grown
         self._bytes += cost
+        start = 0
+        for part, seq in zip(grown.shape.parts, grown.seqs, strict=False):
+            if seq:
+                self._places[seq] = row.ref, part.digest, start, start + part.size
+            start += part.size
         while self._bytes > self._limit_bytes:
             self._forget(next(iter(self._known)))
 
@@ -231,6 +265,9 @@ class GrowingBodies:
         entry = self._known.pop(ref, None)
         if entry is not None:
             self._bytes -= entry[1].row.size + _ENTRY_BYTES
+            for seq in entry[1].seqs:
+                if self._places.get(seq, (None,))[0] == ref:
+                    del self._places[seq]
 
 
 _Planned = tuple[list[StoredForm], StoredForm, Shape]
@@ -258,7 +295,7 @@ def _plan_chain(contexts: Sequence[NewContext], base: Grown | None) -> list[_Pla
 
 def _shared(context: NewContext, old_body: bytes, old_shape: Shape) -> _Planned | None:
     """How to store a body in parts; None when it is better stored as it is."""
-    if not old_body or not _may_share(context):
+    if not old_body or not _may_share(context.content_type, len(context.body)):
         return None
     body = context.body
     pieces = plan_parts(body, old_body, old_shape)
@@ -272,9 +309,8 @@ def _shared(context: NewContext, old_body: bytes, old_shape: Shape) -> _Planned 
         return None  # said to be text and is not
 
 
-def _may_share(context: NewContext) -> bool:
-    is_text = context.content_type == JSON or context.content_type.startswith("text/")
-    return is_text and len(context.body) > SHARE_OVER_BYTES
+def _may_share(content_type: str, size: int) -> bool:
+    return size > SHARE_OVER_BYTES and (content_type == JSON or content_type.startswith("text/"))
 
 
 def row_of_context(context: NewContext, digest: Digest = NO_DIGEST, stored_at_ms: int = 0) -> ContextRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import cast
 
 from holdfast.schemas import limits
 from holdfast.schemas.errors import InvalidFieldError, TooLargeError
@@ -21,7 +22,7 @@ def check_tags(tags: object) -> tuple[str, ...]:
     """Returns tags, each once; raises InvalidFieldError for what are none, TooLargeError for too many."""
     if isinstance(tags, str) or not isinstance(tags, Iterable):
         raise InvalidFieldError("tags is not a list of text", field="tags", hint='such as tags=["important"]')
-    checked = tuple(dict.fromkeys(check_id_text(tag, "tags") for tag in tags))
+    checked = tuple(dict.fromkeys(check_id_text(tag, "tags") for tag in cast("Iterable[object]", tags)))
     if len(checked) > limits.TAGS:
         raise TooLargeError(
             f"there are {len(checked)} tags, the limit is {limits.TAGS}", field="tags", limit=limits.TAGS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
@@ -120,7 +120,7 @@ def appended(key: str, item: Any) -> Callable[[Any], Any]:
             raise InvalidBodyError(
                 f"the body of {key!r} is {type(body).__name__}, not a list", field="body", hint="use patch or put"
             )
-        items: list[Any] = body
+        items = cast("list[object]", body)
         return [*items, item]
 
     return change

@@ -51,6 +51,9 @@ _PAGE: Final = 500
 _LOOK: Final = 32
 """Revisions read at once where one of them is looked for."""
 
+_LATEST_MS: Final = 9_223_372_036_854
+"""The server counts nanoseconds in 64 bits: a time after April 2262 would be one of long ago."""
+
 _BACK: Final = (64, 4_096, 262_144)
 """How far below something foreign the newest version is looked for, before the whole chain is read."""
 
@@ -93,7 +96,7 @@ class KeyLog:
 
     async def info(self) -> StreamInfo:
         """Returns the state of the bucket's stream."""
-        return await stream_info(self._connection, KEYS_STREAM)
+        return await call_with_retry(partial(stream_info, self._connection, KEYS_STREAM), deadline_s=READ_DEADLINE_S)
 
     async def head(self, namespace: str, key: str) -> Head:
         """Returns the end of a key's chain, as of now: every version acknowledged before the call is seen."""
@@ -187,7 +190,7 @@ class KeyLog:
         """Returns the end of a key's chain as it was at a time of the server's, as far as the bucket still holds it."""
         subject = key_subject(namespace, key)
         # Up to, not including: versions of the whole millisecond count.
-        request = {"multi_last": [subject], "up_to_time": iso_from_ms(at_ms + 1)}
+        request = {"multi_last": [subject], "up_to_time": iso_from_ms(min(at_ms + 1, _LATEST_MS))}
         messages = await self._batch(request)
         if not messages:
             return Head()

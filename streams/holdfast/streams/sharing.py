@@ -27,10 +27,10 @@ from holdfast.schemas.refs import Digest
 SHARE_OVER_BYTES: Final = 2 * limits.KIB
 """Bodies up to this are stored whole: a part and a manifest of their own would cost more than they save."""
 
-FAN_OUT: Final = 4
+FAN_OUT: Final = 8
 """Neighbouring parts of one size class that are put together."""
 
-FIRST_CLASS_BYTES: Final = 1 * limits.KIB
+FIRST_CLASS_BYTES: Final = 512
 """Parts below this are of the first class; each further class is ``FAN_OUT`` times as large."""
 
 PART_BYTES: Final = 256 * limits.KIB

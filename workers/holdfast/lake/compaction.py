@@ -20,7 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake.transaction import RemoveAction
 
-from holdfast.lake.columns import COLUMNS, COMPACTED_BODY_BYTES_PER_GROUP, ROWS_PER_GROUP, arrow_schema, day_of
+from holdfast.lake.columns import (
+    COLUMNS,
+    COMPACTED_BODY_BYTES_PER_GROUP,
+    COMPACTED_ROWS_PER_GROUP,
+    arrow_schema,
+    day_of,
+)
 from holdfast.lake.commit import Change
 from holdfast.lake.files import fsync_directory
 from holdfast.lake.log import LOG_DIRECTORY, FileEntry, Snapshot, commit_path, list_checkpoints, list_versions
@@ -215,7 +221,7 @@ def _row_groups(table: Table, directory: Path, files: Sequence[FileEntry]) -> It
         for content in _read_file(directory / entry.path):
             for piece, piece_bytes in _pieces(table, _conform(table, content)):
                 if pending and (
-                    rows + piece.num_rows > ROWS_PER_GROUP or size + piece_bytes > COMPACTED_BODY_BYTES_PER_GROUP
+                    rows + piece.num_rows > COMPACTED_ROWS_PER_GROUP or size + piece_bytes > COMPACTED_BODY_BYTES_PER_GROUP
                 ):
                     yield pa.concat_tables(pending).combine_chunks()
                     pending, rows, size = [], 0, 0
@@ -241,7 +247,7 @@ def _pieces(table: Table, content: Any) -> Iterator[tuple[Any, int]]:
     sizes = _body_sizes(table, content)
     start = total = 0
     for row, size in enumerate(sizes):
-        if row > start and (row - start >= ROWS_PER_GROUP or total + size > COMPACTED_BODY_BYTES_PER_GROUP):
+        if row > start and (row - start >= COMPACTED_ROWS_PER_GROUP or total + size > COMPACTED_BODY_BYTES_PER_GROUP):
             yield content.slice(start, row - start), total
             start, total = row, 0
         total += size

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 OPEN_FILES: Final = 64
 """How many files are kept open.  A footer of 125 row groups takes ~0.5 MB of memory."""
 
+KEPT_GROUPS: Final = 8
+"""How many decoded row groups a call keeps while it looks up the parts of joints: 16 MiB of bodies."""
+
 READ_ATTEMPTS: Final = 3
 
 _CHUNKS_READ: Final = 128
@@ -73,23 +76,24 @@ class Lookup:
         DigestMismatchError names the file and the row of one that is damaged, IntegrityError the part that a joint
         lacks.
         """
-        found = self._stored(digests)
+        groups = _Groups()
+        found = self._stored(digests, groups)
         joints = [row for row in found.values() if row.form == "joint"]
         if joints:
-            made, failed = assemble(joints, self._stored)
+            made, failed = assemble(joints, lambda parts: self._stored(parts, groups))
             if failed:
                 raise next(iter(failed.values()))
             found |= made
         return found
 
-    def _stored(self, digests: Iterable[Digest]) -> dict[Digest, ContextRow]:
+    def _stored(self, digests: Iterable[Digest], groups: _Groups) -> dict[Digest, ContextRow]:
         """Returns rows as they are stored, checked but for those that name others."""
         wanted = list(dict.fromkeys(digests))
         positions = self._index.find_contexts(wanted)
         if len(positions) < len(wanted):
             self._index.refresh(self._lake)
             positions = self._index.find_contexts(wanted)
-        rows = self._read("contexts", positions.values())
+        rows = self._read("contexts", positions.values(), groups)
         found: dict[Digest, ContextRow] = {}
         for digest, position in positions.items():
             row = cast(ContextRow, rows[position])
@@ -159,7 +163,9 @@ class Lookup:
                 hint="run holdfast verify; restore the file from a backup",
             )
 
-    def _read(self, table: Table, positions: Iterable[Position]) -> dict[Position, Row]:
+    def _read(
+        self, table: Table, positions: Iterable[Position], groups: _Groups | None = None
+    ) -> dict[Position, Row]:
         """Returns the rows at these positions, all of them."""
         wanted = set(positions)
         if not wanted:
@@ -169,7 +175,7 @@ class Lookup:
             if attempt:
                 self._lake.refresh(table)
             try:
-                rows = self._read_from(self._file_map(table), wanted)
+                rows = self._read_from(self._file_map(table), wanted, groups or _Groups())
             except FileNotFoundError as error:
                 # Compacted and vacuumed under us: the newest version names another file.
                 reason = f"{error.filename or error} is missing"
@@ -183,7 +189,7 @@ class Lookup:
             hint="run holdfast verify; if it finds nothing, delete the index directory",
         )
 
-    def _read_from(self, files: _FileMap, wanted: set[Position]) -> dict[Position, Row]:
+    def _read_from(self, files: _FileMap, wanted: set[Position], groups: _Groups) -> dict[Position, Row]:
         by_group: dict[tuple[str, int], list[int]] = defaultdict(list)
         entries: dict[str, FileEntry] = {}
         for position in wanted:
@@ -193,7 +199,8 @@ class Lookup:
                     by_group[entry.path, group].append(position.seq)
         rows: dict[Position, Row] = {}
         for (path, group), seqs in sorted(by_group.items()):
-            content = self._files.get(files.directory / path).read(group, seqs)
+            file = files.directory / path
+            content = _with_seqs(groups.get(self._files.get(file), file, group), seqs)
             for row in to_rows(files.table, content):
                 position = Position(row.epoch, row.seq)
                 if position in wanted:
@@ -273,15 +280,35 @@ class _OpenFile:
         group = bisect_left(self._ends, seq)
         return [group] if group < len(self._ends) and self._starts[group] <= seq else []
 
-    def read(self, group: int, seqs: Sequence[int]) -> Any:
+    def read(self, group: int) -> Any:
         with self._lock, _readable(self._path):
-            content = self._parquet.read_row_group(group, use_threads=False)
-        wanted = pc.SetLookupOptions(value_set=pa.array(seqs, pa.int64()))
-        return content.filter(pc.call_function("is_in", [content.column("stream_seq")], wanted))
+            return self._parquet.read_row_group(group, use_threads=False)
 
     def close(self) -> None:
         with self._lock:
             self._parquet.close()
+
+
+def _with_seqs(content: Any, seqs: Sequence[int]) -> Any:
+    wanted = pc.SetLookupOptions(value_set=pa.array(seqs, pa.int64()))
+    return content.filter(pc.call_function("is_in", [content.column("stream_seq")], wanted))
+
+
+class _Groups:
+    """Row groups decoded for one call, those used last: the parts of joints are near them, and often in one group."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+
+    def get(self, file: _OpenFile, path: Path, group: int) -> Any:
+        content = self._groups.get((path, group))
+        if content is None:
+            content = self._groups[path, group] = file.read(group)
+            if len(self._groups) > KEPT_GROUPS:
+                self._groups.popitem(last=False)
+        else:
+            self._groups.move_to_end((path, group))
+        return content
 
 
 class _OpenFiles:

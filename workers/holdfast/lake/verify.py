@@ -16,12 +16,14 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from holdfast.lake.columns import to_rows
+from holdfast.lake.columns import stored_body, to_rows
+from holdfast.lake.joints import assemble
 from holdfast.lake.lake import Lake
 from holdfast.lake.log import FileEntry, Snapshot, list_versions, read_commit
 from holdfast.lake.manifests import check_manifests
 from holdfast.lake.views import quote, view_statements
-from holdfast.schemas.errors import IntegrityError
+from holdfast.schemas import limits
+from holdfast.schemas.errors import HoldfastError, IntegrityError
 from holdfast.schemas.names import CHUNK_KIND
 from holdfast.schemas.problems import Problem
 from holdfast.schemas.refs import Digest, compute_digest, format_ref, parse_ref
@@ -159,8 +161,8 @@ def _check_file(snapshot: Snapshot, entry: FileEntry, checked: Counter[str]) -> 
 
 
 def _check_digest(snapshot: Snapshot, entry: FileEntry, row: ContextRow, checked: Counter[str]) -> Iterator[Problem]:
-    if row.form in ("touch", "manifest"):
-        return
+    if row.form in ("touch", "manifest", "joint"):
+        return  # of those that name others, the whole is checked when it is put together
     checked["digests"] += 1
     actual = compute_digest(
         row.namespace, row.kind, row.body, content_type=row.content_type, expires_at_ms=row.expires_at_ms
@@ -224,69 +226,103 @@ def _check_identities(lake: Lake, checked: Counter[str]) -> Iterator[Problem]:
                 )
 
 
-# Neighbours share their chunks: those of one conversation all begin with the same.
-_MANIFESTS: Final = """
-SELECT namespace, kind, content_type, epoch_ms(expires_at), ref, encode(body), size, epoch, stream_seq
-FROM contexts_stored WHERE form = 'manifest'
-ORDER BY body ->> '$.chunks[0]', epoch, stream_seq
+_STORED: Final = """
+SELECT namespace, kind, content_type, epoch_ms(expires_at), ref, form, encode(body), body_binary, size, epoch,
+    stream_seq
+FROM contexts_stored
 """
+# Neighbours share their chunks: those of one conversation all begin with the same.
+_MANIFESTS: Final = f"{_STORED} WHERE form = 'manifest' ORDER BY body ->> '$.chunks[0]', epoch, stream_seq"
+_JOINTS: Final = f"{_STORED} WHERE form = 'joint' ORDER BY epoch, stream_seq"
+_PARTS: Final = f"{_STORED} WHERE form IN ('chunk', 'joint') AND ref IN (SELECT unnest(?))"
+_SIZES: Final = "SELECT ref, size FROM contexts_stored WHERE form IN ('chunk', 'joint') AND ref IN (SELECT unnest(?))"
 _ROWS: Final = 1_000
+
+_JOINTS_BYTES: Final = 32 * limits.MIB
+"""Most bytes of joints that are put together at once: each asking reads through the references of the whole lake."""
+
+_PARTS_AT_ONCE: Final = 20_000
 
 
 def _check_joined(lake: Lake, checked: Counter[str]) -> Iterator[Problem]:
-    """I4: every chunked body, put together, hashes to its reference."""
+    """I4: every chunked body, and every chunk put together of others, hashes to its reference."""
     with (
         tempfile.TemporaryDirectory(prefix="holdfast-verify-") as spill,
         _views(lake) as connection,
         _views(lake) as chunks,
     ):
         connection.execute(f"SET temp_directory = {quote(spill)}")
+        for joints in _by_size(_stored_rows(connection, _JOINTS)):
+            checked["joints"] += len(joints)
+            _, failed = assemble(joints, lambda digests: _parts(chunks, digests), at_once=_PARTS_AT_ONCE)
+            for row in joints:
+                if row.digest in failed:
+                    yield _joined_violation(row, "a chunk", failed[row.digest])
         for row, error in check_manifests(
-            _manifests(connection), lambda digests: _chunk_sizes(chunks, digests), lambda d: _chunk_bodies(chunks, d)
+            _stored_rows(connection, _MANIFESTS), lambda d: _chunk_sizes(chunks, d), lambda d: _chunk_bodies(chunks, d)
         ):
             checked["manifests"] += 1
             if error is not None:
-                yield Problem(
-                    invariant="I4",
-                    object=row.ref,
-                    what=f"a chunked body cannot be put together: {error.message}",
-                    next_step="restore the files of its chunks from a backup",
-                )
+                yield _joined_violation(row, "a chunked body", error)
 
 
-def _manifests(connection: duckdb.DuckDBPyConnection) -> Iterator[ContextRow]:
-    found = connection.execute(_MANIFESTS)
+def _joined_violation(row: ContextRow, what: str, error: HoldfastError) -> Problem:
+    return Problem(
+        invariant="I4",
+        object=row.ref,
+        what=f"{what} cannot be put together: {error.message}",
+        next_step="restore the files of its chunks from a backup",
+    )
+
+
+def _by_size(rows: Iterable[ContextRow]) -> Iterator[list[ContextRow]]:
+    some: list[ContextRow] = []
+    size = 0
+    for row in rows:
+        some.append(row)
+        size += row.size
+        if size >= _JOINTS_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _stored_rows(connection: duckdb.DuckDBPyConnection, query: str, values: Sequence[Any] = ()) -> Iterator[ContextRow]:
+    found = connection.execute(query, list(values))
     while rows := found.fetchmany(_ROWS):
-        for namespace, kind, content_type, expires_at_ms, ref, body, size, epoch, seq in rows:
+        for namespace, kind, content_type, expires_at_ms, ref, form, text, binary, size, epoch, seq in rows:
             yield ContextRow(
                 namespace=namespace,
                 kind=kind,
                 digest=parse_ref(ref).digest,
                 content_type=content_type,
-                body=body,
+                body=stored_body(form, text, binary),
                 size=size,
                 stored_at_ms=0,
                 epoch=epoch,
                 seq=seq,
-                form="manifest",
+                form=form,
                 expires_at_ms=expires_at_ms,
             )
 
 
+def _parts(connection: duckdb.DuckDBPyConnection, digests: Sequence[Digest]) -> dict[Digest, ContextRow]:
+    return {row.digest: row for row in _stored_rows(connection, _PARTS, [_refs(digests)])}
+
+
 def _chunk_sizes(connection: duckdb.DuckDBPyConnection, digests: Sequence[Digest]) -> dict[Digest, int]:
-    return dict(_of_chunks(connection, "size", digests))
+    found = connection.execute(_SIZES, [_refs(digests)]).fetchall()
+    return {parse_ref(ref).digest: size for ref, size in found}
 
 
 def _chunk_bodies(connection: duckdb.DuckDBPyConnection, digests: Sequence[Digest]) -> dict[Digest, bytes]:
-    return dict(_of_chunks(connection, "body_binary", digests))
+    """The bytes of chunks; of joints those that can be put together."""
+    rows = _parts(connection, digests)
+    joints = [row for row in rows.values() if row.form == "joint"]
+    made, _ = assemble(joints, lambda parts: _parts(connection, parts), at_once=_PARTS_AT_ONCE)
+    return {digest: row.body for digest, row in (rows | made).items() if row.form == "chunk"}
 
 
-def _of_chunks(
-    connection: duckdb.DuckDBPyConnection, what: str, digests: Sequence[Digest]
-) -> Iterator[tuple[Digest, Any]]:
-    refs = [format_ref(CHUNK_KIND, digest) for digest in digests]
-    found = connection.execute(
-        f"SELECT ref, {what} FROM contexts_stored WHERE form = 'chunk' AND ref IN (SELECT unnest(?))",  # noqa: S608  own names
-        [refs],
-    ).fetchall()
-    return ((parse_ref(ref).digest, value) for ref, value in found)
+def _refs(digests: Sequence[Digest]) -> list[str]:
+    return [format_ref(CHUNK_KIND, digest) for digest in digests]

@@ -2,9 +2,10 @@
 
 Never a glob: a Delta directory also holds files that were compacted away, and files not yet committed.
 
-``contexts`` shows each context once, with its whole body: rows of form ``touch`` (stored again) and ``chunk`` (parts
-of a larger body) do not appear, a chunked body is put together from its parts.  ``body`` is text where the bytes are
-valid UTF-8 and null otherwise; ``body_bytes`` is always there.  ``contexts_stored`` shows every row as it is stored.
+``contexts`` shows each context once, with its whole body: rows of form ``touch`` (stored again), ``chunk`` and
+``joint`` (parts of a larger body) do not appear, a chunked body is put together from its parts.  ``body`` is text
+where the bytes are valid UTF-8 and null otherwise; ``body_bytes`` is always there.  ``contexts_stored`` shows every row
+as it is stored; of a joint, ``body`` lists its parts and ``body_binary`` is what follows them.
 
 ``contexts_of(refs)`` shows the contexts of a list of references.  It is for joins: a join with ``contexts`` may put
 every body together before it finds that it needs a few, since DuckDB does not promise to narrow one side by the other::
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 
 from holdfast.lake.columns import COLUMNS
+from holdfast.lake.joints import DEPTH
 
 if TYPE_CHECKING:
     from holdfast.lake.log import Snapshot
@@ -34,27 +36,45 @@ if TYPE_CHECKING:
 STORED: Final[dict[Table, str]] = {"contexts": "contexts_stored", "events": "events", "key_versions": "key_versions"}
 """The view that shows a table's rows as they are."""
 
-# Put together above one chain of scan, unnest and join, grouped by every column of the row: so a filter on any of them
-# reaches the scan, and a query that does not ask for a body reads none.  The pieces are gathered as they are and turned
-# to hex late: DuckDB joins blobs only as text, and gathering that would take three times the memory.
-_CONTEXTS: Final = """
+# Put together above one chain of scan, unnest and joins, grouped by every column of the row: so a filter on any of them
+# reaches the scan, and a query that does not ask for a body reads none.  Joints are unfolded on the way: each level
+# puts a joint's parts in its place, and the joint itself, closed, behind them, for the bytes that follow its parts.
+# Tried instead: unfolding each distinct chunk once, below the join with the manifests, counts in a third of the time,
+# but puts every chunk of the lake together to show one body, and so did correlated subqueries.  The pieces are gathered
+# as they are and turned to hex late: DuckDB joins blobs only as text, and gathering that would take three times the
+# memory.
+_MANIFESTS: Final = """
 WITH manifests AS (
     SELECT ref, namespace, kind, content_type, size, created_at, expires_at, epoch, stream_seq, day,
         from_json(body, '{{"chunks": ["VARCHAR"], "tail": "VARCHAR"}}') AS manifest
     FROM contexts_stored WHERE form = 'manifest' {and_wanted}
-), parts AS (
+), parts_0 AS (
     SELECT * EXCLUDE manifest, manifest.tail AS tail,
-        unnest(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END) AS digest,
-        generate_subscripts(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END, 1) AS position
+        'ctx_chunk_' || unnest(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END) AS chunk,
+        [generate_subscripts(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END, 1)] AS path,
+        true AS is_open
     FROM manifests
-), gathered AS (
+)"""
+_UNFOLDED: Final = """, found_{level} AS (
+    SELECT part.*, coalesce(joint.chunks, [part.chunk]) AS chunks
+    FROM parts_{above} AS part LEFT JOIN (
+        SELECT namespace, ref, list_append(list_transform(
+            from_json(body, '{{"chunks": ["VARCHAR"]}}').chunks, lambda digest: 'ctx_chunk_' || digest), ref) AS chunks
+        FROM contexts_stored WHERE form = 'joint'
+    ) AS joint ON joint.ref = CASE WHEN part.is_open THEN part.chunk END AND joint.namespace = part.namespace
+), parts_{level} AS (
+    SELECT * EXCLUDE (chunk, chunks, path, is_open), unnest(chunks) AS chunk,
+        list_append(path, generate_subscripts(chunks, 1)) AS path, generate_subscripts(chunks, 1) < len(chunks) AS is_open
+    FROM found_{level}
+)"""
+_BODIES: Final = """, gathered AS (
     SELECT part.ref, part.namespace, part.kind, part.content_type, part.size, part.created_at, part.expires_at,
         part.epoch, part.stream_seq, part.day,
-        count(*) = count(chunk.body_binary) AS is_whole,
-        list(chunk.body_binary ORDER BY part.position) AS pieces,
+        count(*) = count(chunk.body_binary) FILTER (chunk.form = 'chunk' OR NOT part.is_open) AS is_whole,
+        list(chunk.body_binary ORDER BY part.path) AS pieces,
         any_value(part.tail) AS tail
-    FROM parts AS part LEFT JOIN contexts_stored AS chunk
-        ON chunk.form = 'chunk' AND chunk.ref = 'ctx_chunk_' || part.digest AND chunk.namespace = part.namespace
+    FROM parts_{depth} AS part LEFT JOIN contexts_stored AS chunk
+        ON chunk.form IN ('chunk', 'joint') AND chunk.ref = part.chunk AND chunk.namespace = part.namespace
     GROUP BY part.ref, part.namespace, part.kind, part.content_type, part.size, part.created_at, part.expires_at,
         part.epoch, part.stream_seq, part.day
 ), joined AS (
@@ -73,6 +93,13 @@ SELECT ref, namespace, kind, content_type, try(decode(bytes)), bytes, size,
     created_at, expires_at, epoch, stream_seq, day
 FROM joined
 """
+_CONTEXTS: Final = "".join(
+    [
+        _MANIFESTS,
+        *(_UNFOLDED.replace("{level}", str(n)).replace("{above}", str(n - 1)) for n in range(1, DEPTH + 1)),
+        _BODIES.replace("{depth}", str(DEPTH)),
+    ]
+)
 
 
 # Not CAST(now() AS TIMESTAMP): that would be local time where the session has a time zone.
@@ -91,7 +118,7 @@ WITH stored AS (
     SELECT count(*) FILTER (form IN ('plain', 'manifest')) AS total_contexts,
         count(*) FILTER (form IN ('plain', 'manifest') AND expires_at <= {now}) AS expired_contexts,
         coalesce(sum(size) FILTER (form IN ('plain', 'manifest')), 0)::BIGINT AS context_bytes,
-        coalesce(sum(size) FILTER (form IN ('plain', 'chunk')), 0)::BIGINT AS stored_bytes
+        coalesce(sum(size) FILTER (form IN ('plain', 'chunk', 'joint')), 0)::BIGINT AS stored_bytes
     FROM contexts_stored
 ), keys AS (
     SELECT count(*) AS total_keys,

@@ -20,6 +20,7 @@ from deltalake.transaction import AddAction
 
 from holdfast.lake.columns import (
     BODY_BYTES_PER_GROUP,
+    COMPACTED_ROWS_PER_GROUP,
     ROWS_PER_GROUP,
     arrow_schema,
     body_bytes,
@@ -125,7 +126,7 @@ class FileWriter:
         if self._table == "contexts":
             brought -= batch.column("created_at").null_count
         self._account(batch.num_rows, brought, (seqs[0], seqs[-1]), (min(times) // 1000, max(times) // 1000))
-        self._parquet.write_table(batch, row_group_size=ROWS_PER_GROUP)
+        self._parquet.write_table(batch, row_group_size=COMPACTED_ROWS_PER_GROUP)
 
     def _account(self, rows: int, contexts: int, seqs: tuple[int, int], times: tuple[int, int]) -> None:
         self._rows += rows
