@@ -15,7 +15,7 @@ KILLS ?= 1000
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports bench coverage torture-keys torture-commits format wheel-check clean
+.PHONY: help demo test check lint types imports bench growth coverage torture-keys torture-commits format wheel-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ torture-keys: $(VENV)/.stamp-dev  ## named contexts beside their model; SEED=1 S
 
 torture-commits: $(VENV)/.stamp-dev  ## commits of twenty keys by clients that are killed; SEED=1 KILLS=1000
 	@$(BIN)/python -m tests.campaigns.commits --seed $(SEED) --kills $(KILLS)
+
+growth: $(VENV)/.stamp-dev  ## what a conversation costs that is stored after every turn (needs recorded traces)
+	@$(BIN)/python -m benchmarks.growth $(BENCH_ARGS)
 
 coverage: $(VENV)/.stamp-dev  ## the test suite with branch coverage
 	@$(BIN)/coverage erase

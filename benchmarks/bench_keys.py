@@ -1,12 +1,12 @@
-"""Named contexts: writing versions, many writers of one key, reading the newest version of a small and of a grown body.
+"""Named contexts: writing versions, many writers of one key, reading the newest version of a small and a grown body.
 
-Measures ``hf.keys.put`` one after the other and from 64 tasks on keys of their own; ``hf.keys.patch`` by 32 tasks on one
-key (each patch is a version of its own); ``hf.keys.get`` of a 600 byte body, and of a conversation of 300 turns that was
-stored after every turn, by a reader without caches.  Raw limits, by plain nats-py on streams of the same settings: the
-two messages of a version (body, then the version expecting what it follows) by ``js.publish``; the same in atomic
-batches; compare-and-set of one small message by one writer, each after the last acknowledgement (what writers of one
-key can reach that do not batch); and two direct gets one after the other, the second of one message with the whole
-body compressed: two round trips, whatever is in between.
+Measures ``hf.keys.put`` one after the other and from 64 tasks on keys of their own; ``hf.keys.patch`` by 32 tasks on
+one key (each patch is a version of its own); ``hf.keys.get`` of a 600 byte body, and of a conversation of 300 turns
+that was stored after every turn: by a reader without caches, and by one that has the turn before.  Raw limits, by plain
+nats-py on streams of the same settings: the two messages of a version (body, then the version expecting what it
+follows) by ``js.publish``; the same in atomic batches; compare-and-set of one small message by one writer, each after
+the last acknowledgement (what writers of one key can reach that do not batch); and two direct gets one after the other,
+the second of one message with the whole body compressed: two round trips, whatever is in between.
 
 Does not measure: several processes on one key, cold versions, encryption, watching.
 """
@@ -14,6 +14,7 @@ Does not measure: several processes on one key, cold versions, encryption, watch
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from benchmarks.bench import NAMESPACE, RAW_HOT, RAW_HOT_PREFIX, Bench, BenchServer, Figure
-from benchmarks.measure import Side, load
+from benchmarks.measure import Run, Side, load
 from benchmarks.payloads import Bodies, encoded
 from benchmarks.raw_nats import AtomicBatches, Message, OwnInbox
 from holdfast.schemas.ids import new_event_id
@@ -46,6 +47,7 @@ FIGURES: Final = (
     "key_patch_one_32",
     "key_get_small",
     "key_get_grown",
+    "key_get_next_turn",
 )
 
 _RAW_KEYS_PREFIX: Final = f"{RAW_HOT_PREFIX}keys."
@@ -206,6 +208,41 @@ async def _reading(bench: Bench, server: BenchServer, hf: Holdfast) -> None:
                 "two direct gets one after the other, the second of the whole body, inflated",
                 load(_range, two_gets_inflated),
             ),
+        )
+    await _following(bench, server, hf, turns)
+
+
+async def _following(bench: Bench, server: BenchServer, hf: Holdfast, turns: list[dict[str, Any]]) -> None:
+    """A reader that has the conversation up to the turn before."""
+    more = Bodies(13)
+    async with server.connect() as reader, OwnInbox(server.client) as inbox:
+        await reader.keys.get("grown")
+        get = f"$JS.API.DIRECT.GET.{RAW_HOT}"
+
+        async def ours(number: int) -> Run:
+            latencies: list[float] = []
+            for turn in more.take(number, TURN_BYTES):
+                await hf.keys.append("grown", turn)
+                began = time.perf_counter()
+                _ = (await reader.keys.get("grown")).raw
+                latencies.append(time.perf_counter() - began)
+            return Run(number, sum(latencies), latencies)
+
+        async def two_gets(_: int) -> object:
+            await inbox.request(f"{get}.{RAW_HOT_PREFIX}head")
+            return zstd.decompress((await inbox.request(f"{get}.{RAW_HOT_PREFIX}grown")).data)
+
+        await bench.figure(
+            Figure(
+                name="key_get_next_turn",
+                what="hf.keys.get of the next turn of that conversation, by a reader that has the one before",
+                kind="latency",
+                durability="durable",
+                parameters={"turns": len(turns), "payload_bytes": TURN_BYTES, "concurrency": 1},
+                count=bench.scale(60, 10),
+            ),
+            Side("", ours),
+            Side("two direct gets one after the other, the second of the whole body, inflated", load(_range, two_gets)),
         )
 
 

@@ -8,7 +8,7 @@ bytes), and at the end what the lake holds, as archived and after compaction.  B
 * B: after each turn the whole conversation so far (what embedding it in each record costs), the same three ways.
 
 Every version is read again at the end by another client and compared.  The figures are bytes, not times: the same on
-any machine but for ids and times that compress a little differently.  Writes JSON, a table and two plots for
+any machine but for ids and times that compress a little differently.  Writes JSON, and the table and the plot of
 ``docs/growing-bodies.md``.  Without recorded traces it says so and ends.
 
 Does not measure: speed (``bench_keys``), several sessions written at the same time (``--interleaved`` does).
@@ -55,6 +55,8 @@ TURNS_A_COMMIT: Final = 15
 """Turns of interleaved sessions between two commits of the archiver, about as many commits as there are sessions."""
 
 LEVEL: Final = 3
+_BEGIN: Final = "<!-- figures -->"
+_END: Final = "<!-- end of figures -->"
 _LINE: Final = msgspec.json.Decoder(dict[str, Any])
 _ENCODER: Final = msgspec.json.Encoder(order="sorted")
 
@@ -254,6 +256,10 @@ def main() -> None:
         )
         if not options.interleaved:
             (ROOT / "docs" / "growing-session.svg").write_text(plot(figures))
+            page = ROOT / "docs" / "growing-bodies.md"
+            before, _, rest = page.read_text().partition(_BEGIN)
+            _, _, after = rest.partition(_END)
+            page.write_text(f"{before}{_BEGIN}\n{markdown_table(figures)}\n{_END}{after}")
 
 
 if __name__ == "__main__":

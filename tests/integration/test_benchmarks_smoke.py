@@ -9,6 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from benchmarks.__main__ import FILES
+from benchmarks.growth import Session, measure
+from benchmarks.growth_report import markdown_table, plot
 from benchmarks.records import Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +56,22 @@ async def test_a_smoke_run_writes_a_complete_record_of_every_figure(tmp_path: Pa
             assert 0 < record.p50_ms <= record.p99_ms
         assert record.name in output.decode()
     assert not list(tmp_path.glob("holdfast-bench-*")), "scratch data was left behind"
+
+
+async def test_what_a_growing_conversation_costs_is_measured_on_a_whole_system(tmp_path: Path) -> None:
+    steps = [{"seq": turn, "role": "user", "content": f"{turn} {'some words ' * 60}"} for turn in range(30)]
+    sessions = [Session("one", steps), Session("two", steps[:20])]
+    figures = await measure(sessions, tmp_path, interleaved=False)
+    [first, second] = figures.sessions
+    assert (first.turns, second.turns) == (30, 20)
+    assert first.last.a == sum(len(msgspec.json.encode(step)) for step in steps)
+    # What the second says, the first has said: only its versions and manifests are new.
+    assert second.last.hot_bodies < first.last.hot_bodies
+    assert first.last.hot_bodies + first.last.hot_versions < first.last.b / 3
+    assert 0 < figures.lake_compacted <= figures.lake_archived < first.last.b
+    table = markdown_table(figures)
+    assert "| `one` | 30 |" in table
+    assert plot(figures).count("<polyline") == 5
 
 
 async def test_an_unknown_figure_is_refused_with_the_names_there_are(tmp_path: Path) -> None:

@@ -22,6 +22,11 @@ from tests.test_lake_samples import context
 NOWHERE = Digest("a" * 32)
 
 
+def join(rows: list[ContextRow], archived: set[Digest]) -> list[ContextRow]:
+    joined = join_contexts(deduplicate_contexts(rows, archived), archived)
+    return [row for row in joined if isinstance(row, ContextRow)]
+
+
 class Everything:
     """Holds any digest."""
 
@@ -80,14 +85,14 @@ def test_the_columns_of_a_file_give_a_joint_back_as_it_was() -> None:
 
 def test_only_parts_that_are_archived_or_come_along_are_named() -> None:
     one, two, whole = pair()
-    assert join_contexts([one, two, whole], set())[2].form == "joint"  # type: ignore[union-attr]  contexts all
-    assert join_contexts([whole], {one.digest, two.digest})[0].form == "joint"  # type: ignore[union-attr]  the same
-    assert join_contexts([two, whole], set()) == [two, whole]
+    assert [row.form for row in join([one, two, whole], set())] == ["chunk", "chunk", "joint"]
+    assert [row.form for row in join([whole, one, two], set())] == ["joint", "chunk", "chunk"]
+    assert [row.form for row in join([whole], {one.digest, two.digest})] == ["joint"]
     # Stored again, a part is a touch: then the lake holds it.
-    again = deduplicate_contexts([one, two, whole], {one.digest})
-    assert [row.form for row in join_contexts(again, {one.digest})] == ["touch", "chunk", "joint"]  # type: ignore[union-attr]  the same
-    plain = context(9, two.body, digest=two.digest)
-    assert join_contexts([one, plain, whole], set())[2] == whole
+    assert [row.form for row in join([one, two, whole], {one.digest})] == ["touch", "chunk", "joint"]
+    assert join([two, whole], set()) == [two, whole]
+    no_chunk = context(9, two.body, digest=two.digest)
+    assert join([one, no_chunk, whole], set()) == [one, no_chunk, whole]
 
 
 def forgeries() -> dict[str, ContextRow]:

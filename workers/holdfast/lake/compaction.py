@@ -221,7 +221,8 @@ def _row_groups(table: Table, directory: Path, files: Sequence[FileEntry]) -> It
         for content in _read_file(directory / entry.path):
             for piece, piece_bytes in _pieces(table, _conform(table, content)):
                 if pending and (
-                    rows + piece.num_rows > COMPACTED_ROWS_PER_GROUP or size + piece_bytes > COMPACTED_BODY_BYTES_PER_GROUP
+                    rows + piece.num_rows > COMPACTED_ROWS_PER_GROUP
+                    or size + piece_bytes > COMPACTED_BODY_BYTES_PER_GROUP
                 ):
                     yield pa.concat_tables(pending).combine_chunks()
                     pending, rows, size = [], 0, 0

@@ -163,9 +163,7 @@ class Lookup:
                 hint="run holdfast verify; restore the file from a backup",
             )
 
-    def _read(
-        self, table: Table, positions: Iterable[Position], groups: _Groups | None = None
-    ) -> dict[Position, Row]:
+    def _read(self, table: Table, positions: Iterable[Position], groups: _Groups | None = None) -> dict[Position, Row]:
         """Returns the rows at these positions, all of them."""
         wanted = set(positions)
         if not wanted:

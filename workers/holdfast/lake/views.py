@@ -64,7 +64,8 @@ _UNFOLDED: Final = """, found_{level} AS (
     ) AS joint ON joint.ref = CASE WHEN part.is_open THEN part.chunk END AND joint.namespace = part.namespace
 ), parts_{level} AS (
     SELECT * EXCLUDE (chunk, chunks, path, is_open), unnest(chunks) AS chunk,
-        list_append(path, generate_subscripts(chunks, 1)) AS path, generate_subscripts(chunks, 1) < len(chunks) AS is_open
+        list_append(path, generate_subscripts(chunks, 1)) AS path,
+        generate_subscripts(chunks, 1) < len(chunks) AS is_open
     FROM found_{level}
 )"""
 _BODIES: Final = """, gathered AS (

@@ -109,18 +109,10 @@ def join_contexts(rows: Sequence[Row], archived: Container[Digest]) -> list[Row]
 
     ``rows`` are deduplicated; ``archived`` tells of their parts as well.
     """
-    brought = {row.digest for row in rows if isinstance(row, ContextRow) and row.form == "chunk"}
-    held = _Either(brought, archived)
+    contexts = [row for row in rows if isinstance(row, ContextRow)]
+    brought = {row.digest for row in contexts if row.form == "chunk"}
+    held = {digest for row in contexts for digest, _ in row.parts if digest in brought or digest in archived}
     return [to_joint(row, held) if isinstance(row, ContextRow) else row for row in rows]
-
-
-class _Either(Container["Digest"]):
-    def __init__(self, one: Container[Digest], other: Container[Digest]) -> None:
-        self._one = one
-        self._other = other
-
-    def __contains__(self, digest: object) -> bool:
-        return digest in self._one or digest in self._other
 
 
 def deduplicate_by_key(rows: Sequence[Row], archived: Container[EventKey | VersionKey]) -> Deduplicated:

@@ -324,7 +324,9 @@ class TableArchiver:
         ]
         archived = await self._in_thread(lambda: self._archived(rows))
         if self.table == "contexts":
-            return await self._in_thread(lambda: join_contexts(deduplicate_contexts(rows, archived), archived)), rejected
+            return await self._in_thread(
+                lambda: join_contexts(deduplicate_contexts(rows, archived), archived)
+            ), rejected
         result = deduplicate_by_key(rows, archived)
         self.counters.repeated += result.repeated
         if not result.contested:
