@@ -164,9 +164,9 @@ def test_row_groups_are_made_full_and_stay_in_bounds(lake: Lake) -> None:
     [merged] = lake.files("contexts")
     metadata = pq.read_metadata(lake.path / "contexts" / merged.path)
     counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    # Groups of the files are put together whole: 6 of 300 fit below 2,000.
-    assert counts[:3] == [1800, 1800, 1800]
-    assert max(counts[4:]) <= 3
+    # Groups of the files are put together whole: 13 of 300 fit below 4,000.
+    assert counts[:2] == [3900, 2102]
+    assert max(counts[2:]) <= 3
     assert sum(counts) == 6010
 
 

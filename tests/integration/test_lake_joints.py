@@ -126,6 +126,15 @@ def test_every_version_reads_the_same_before_and_after_compaction(lake: Lake, tm
     assert len(lake.files("contexts")) == 1
 
 
+def test_however_a_stream_is_cut_into_runs_the_rows_are_the_same(tmp_path: Path) -> None:
+    """An archiver that begins again after a crash reads other runs than the one before."""
+    rows, _ = grown(60, sessions=3)
+    rows += [msgspec.structs.replace(row, seq=row.seq + 20) for row in rows[-20:]]  # stored again
+    whole, *others = (archive(Lake.open(tmp_path / str(run), create=True), rows, run) for run in (1_000, 97, 11))
+    assert {row.form for row in whole} == {"plain", "manifest", "chunk", "joint", "touch"}
+    assert others == [whole, whole]
+
+
 def test_the_view_puts_versions_together_of_lake_and_tail(lake: Lake) -> None:
     """What is not archived has chunks as bytes, and manifests over chunks and joints of the lake."""
     rows, bodies = grown(120, sessions=2)

@@ -144,13 +144,6 @@ def test_the_reader_reads_the_golden_file() -> None:
     assert (end.keys, end.versions, end.contexts, end.missing) == (2, 7, 7, 1)
 
 
-def test_what_a_chunk_was_put_together_of_is_kept() -> None:
-    whole = context(PARTS[0].body + PARTS[1].body + b"more", BINARY, kind="chunk")
-    whole = msgspec.structs.replace(whole, parts=tuple((part.digest, part.size) for part in PARTS))
-    raw = written([*PARTS, whole])
-    assert read(raw)[1:-1] == [*PARTS, whole]
-
-
 def test_every_line_is_json_with_a_type() -> None:
     lines = [json.loads(line) for line in written().splitlines()]
     assert {line["type"] for line in lines} == {"holdfast-export", "context", "version", "missing", "end"}

@@ -46,7 +46,7 @@ from holdfast.schemas.refs import DIGEST_BYTES, JSON, Digest, digest_from_bytes,
 from holdfast.schemas.rows import ContextRow, KeyVersionRow
 from holdfast.streams.codec import unseal
 from holdfast.streams.decode import KeyVersionBody
-from holdfast.streams.wire import H_EXPIRES, H_FORM, H_KIND, H_PARTS, H_TYPE
+from holdfast.streams.wire import H_EXPIRES, H_FORM, H_KIND, H_TYPE
 
 FORMAT_VERSION: Final = 1
 
@@ -65,7 +65,7 @@ class Header(msgspec.Struct, tag=_TYPE, frozen=True, kw_only=True):
 
 
 class ContextLine(msgspec.Struct, tag="context", frozen=True, omit_defaults=True, kw_only=True):
-    """A context in its stored form.  ``parts``: digests and sizes of the chunks that a chunk begins with."""
+    """A context in its stored form."""
 
     digest: str
     kind: str
@@ -75,7 +75,6 @@ class ContextLine(msgspec.Struct, tag="context", frozen=True, omit_defaults=True
     body: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     body_text: str | msgspec.UnsetType = msgspec.UNSET
     body_base64: bytes | msgspec.UnsetType = msgspec.UNSET
-    parts: tuple[tuple[str, int], ...] = ()
 
 
 class VersionLine(KeyVersionBody, tag="version", omit_defaults=True, kw_only=True):
@@ -266,7 +265,6 @@ def _context_line(row: ContextRow) -> ContextLine:
         body=body,
         body_text=text,
         body_base64=raw,
-        parts=row.parts,
     )
 
 
@@ -358,8 +356,6 @@ def _context_row(line: ContextLine, namespace: str) -> ContextRow:
     headers = {H_KIND: line.kind, H_TYPE: check_content_type(line.content_type)}
     if line.form != "plain":
         headers[H_FORM] = line.form
-    if line.parts:
-        headers[H_PARTS] = ",".join(f"{digest}:{size}" for digest, size in line.parts)
     if line.expires_at_ms is not None:
         headers[H_EXPIRES] = str(line.expires_at_ms)
     return unseal(namespace, line.digest, headers, bodies[0], stored_at_ms=0)

@@ -34,7 +34,7 @@ For the resolver and for deduplication::
         -> dict[..., Position]
     index.last_key_version(namespace, key) -> tuple[int, Position] | None
     index.key_versions_before(namespace, key, version, limit) -> list[tuple[int, Position]]
-    Lookup(lake, index).get_contexts(digests) -> dict[Digest, ContextRow]     # manifests as stored
+    Lookup(lake, index).get_contexts(digests) -> dict[Digest, ContextRow]     # manifests as stored, joints as chunks
                        .get_body(digest) -> tuple[ContextRow, bytes] | None   # chunks joined and verified
                        .join(manifest_row) -> bytes
                        .get_events([(namespace, id)]) -> dict[EventKey, EventRow]

@@ -44,7 +44,7 @@ COMPACTED_ROWS_PER_GROUP: Final = 4_000
 """Most rows in a row group of a compacted file (ADR 9): zstd finds nothing again beyond one."""
 
 COMPACTED_BODY_BYTES_PER_GROUP: Final = 3 * 1024 * 1024
-"""Most bytes of bodies in one; reading it takes 2 ms instead of 1."""
+"""Most bytes of bodies in one; a look-up takes a fifth longer."""
 
 LEVEL: Final = 3
 """The level of zstd in files just archived: the archiver waits for it."""

@@ -71,7 +71,7 @@ def to_joint(row: ContextRow, held: Container[Digest]) -> ContextRow:
 
     ``held``: the digests that the lake holds, or will with the same commit.  Never raises for what a row claims.
     """
-    if row.form != "chunk" or not row.parts or _LEAST_BYTES_A_PART * len(row.parts) >= row.size:
+    if row.form != "chunk" or not 1 <= len(row.parts) <= _most_parts(row.size):
         return row
     whole_class = size_class(row.size)
     at = 0
@@ -96,7 +96,7 @@ def decode_joint(row: ContextRow) -> tuple[Joint, bytes]:
         raise _damaged(row, f"has version {joint.v}, this release reads {VERSION}")
     if joint.size != row.size or joint.size > limits.CHUNK_BYTES:
         raise _damaged(row, f"promises {joint.size} bytes of {row.size}")
-    if len(joint.chunks) > joint.size // _LEAST_BYTES_A_PART or not all(map(is_digest, joint.chunks)):
+    if len(joint.chunks) > _most_parts(joint.size) or not all(map(is_digest, joint.chunks)):
         raise _damaged(row, "does not name chunks")
     return joint, rest
 
@@ -182,6 +182,10 @@ def _join(
     if actual != row.digest:
         raise _unlike(row, f"has parts that hash to {actual}")
     return body
+
+
+def _most_parts(size: int) -> int:
+    return min(limits.MANIFEST_CHUNKS, size // _LEAST_BYTES_A_PART)
 
 
 def _damaged(row: ContextRow, what: str) -> IntegrityError:

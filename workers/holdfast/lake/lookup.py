@@ -36,7 +36,7 @@ OPEN_FILES: Final = 64
 """How many files are kept open.  A footer of 125 row groups takes ~0.5 MB of memory."""
 
 KEPT_GROUPS: Final = 8
-"""How many decoded row groups a call keeps while it looks up the parts of joints: 16 MiB of bodies."""
+"""How many decoded row groups a call keeps while it looks up the parts of joints: 24 MiB of bodies."""
 
 READ_ATTEMPTS: Final = 3
 
