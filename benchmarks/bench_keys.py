@@ -40,6 +40,8 @@ BODY_BYTES: Final = 600
 TURNS: Final = 300
 TURN_BYTES: Final = 700
 WRITERS: Final = 32
+PATCH_BYTES: Final = 12
+"""A patch of one member, roughly."""
 
 FIGURES: Final = (
     "key_put_sequential",
@@ -142,7 +144,7 @@ async def _one_key(bench: Bench, server: BenchServer, hf: Holdfast) -> None:
             what="hf.keys.patch of one key of 100 members, from 32 tasks of one process; every patch is a version",
             kind="rate",
             durability="durable",
-            parameters={"concurrency": WRITERS, "members": 100},
+            parameters={"payload_bytes": PATCH_BYTES, "concurrency": WRITERS, "members": 100},
             least=320,
         ),
         Side("", load(make, patch, WRITERS)),

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,12 +20,13 @@ from holdfast.lake import Lake
 from holdfast.lake.index import LakeIndex
 from holdfast.schemas.ids import now_ms
 from holdfast.streams.hot import HotTier
-from holdfast.workers.control import evict, flush
+from holdfast.streams.retry import call_with_retry
+from holdfast.workers.control import archiver_status, evict, flush
 from holdfast.workers.janitor import Janitor
 from holdfast.workers.system import RunningWorkers, run_workers
 from holdfast.workers.trim import Trimmer
 from tests.running import settings_in, target_of
-from tests.support import OwnServer
+from tests.support import LIMIT_S, OwnServer
 
 if TYPE_CHECKING:
     from holdfast.workers.settings import WorkerName
@@ -98,8 +100,11 @@ class Rig:
         await self.start_workers()
 
     async def restart_server(self) -> None:
-        """Kills the server and starts it on the same data."""
+        """Kills the server and starts it on the same data; returns when everybody is connected again."""
         await self.server.restart()
+        for client in self.clients:
+            # Calls of the workers' controls are not tried again by themselves, as reads and writes are.
+            await call_with_retry(partial(archiver_status, client.connection), deadline_s=LIMIT_S)
 
     async def archive(self) -> None:
         """Returns when everything acknowledged is in the lake."""

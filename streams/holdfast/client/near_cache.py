@@ -63,10 +63,10 @@ class NearCache:
     def add(self, key: str, row: ContextRow, now_ms: int) -> None:
         """Remembers a context; one that is over an eighth of the cache is not worth what it would push out."""
         cost = len(row.body) + _ENTRY_BYTES
-        if cost * 8 > self._limit_bytes:
-            return
         if key in self._entries:
             self._drop(key)
+        if cost * 8 > self._limit_bytes:
+            return
         until_ms = now_ms + MAX_AGE_MS
         if row.expires_at_ms is not None:
             until_ms = min(until_ms, row.expires_at_ms)
