@@ -149,14 +149,14 @@ WITH_EXPIRY: dict[str, Any] = {"expires_at_ms": AT_MS + 77_000}
         (math.inf, 60.0, None, None),
     ],
 )
-def test_E31_a_put_takes_its_own_ttl_or_the_policys_and_an_update_keeps_what_was(
+def test_E31_a_put_takes_its_own_ttl_or_the_policys_and_a_change_keeps_what_was(
     ttl_ms: float | None, policy_s: float | None, after_put: int | None, after_update: int | None
 ) -> None:
     meta, policy = Meta(ttl_ms=ttl_ms), KeyPolicy(ttl_s=policy_s)
     now = state({}, **WITH_EXPIRY)
     for decide, after in (
         (put(None, meta, policy), after_put),
-        (rollback(None, meta, policy), after_put),
+        (rollback(None, meta, policy), after_update),
         (update(lambda body: body, meta, policy), after_update),
     ):
         draft = decide(now)

@@ -176,7 +176,7 @@ def delete(key: str, meta: Meta, expected: int | None) -> Decide:
 
 
 def rollback(key: str, old: KeyVersionRow, meta: Meta, expected: int | None, policy: KeyPolicy) -> Decide:
-    """What an old version was: its body, tags and session."""
+    """What an old version was: its body, tags and session; the expiry stays as it is, unless one is given."""
     check_expected_version(expected)
 
     def decide(state: State) -> Draft:
@@ -187,7 +187,7 @@ def rollback(key: str, old: KeyVersionRow, meta: Meta, expected: int | None, pol
             ref=old.ref,
             tags=old.tags,
             session_id=old.session_id,
-            expires_at_ms=_expiry(meta, state, policy),
+            expires_at_ms=_expiry(meta, state, policy, keep=True),
         )
 
     return decide

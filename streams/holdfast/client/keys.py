@@ -284,7 +284,8 @@ class Keys:
     ) -> KeyValue:
         """Writes a new version that is equal to an old one: the same body, tags and session.  Also of a deleted key.
 
-        Raises NotFoundError when there is no such version, or when it is a tombstone.
+        The newest version's expiry stays, unless ``ttl`` is given.  Raises NotFoundError when there is no such version,
+        or when it is a tombstone.
         """
         old = await self.get(key, version)
         meta = self._meta(None, None, ttl, changed_by, change_type, agent)
