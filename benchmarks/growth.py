@@ -236,7 +236,9 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Measures, prints the table, writes the records and the plots."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.growth", description="what a conversation costs that is stored after every turn"
+    )
     parser.add_argument("--sessions", type=int, default=SESSIONS, help="how many of the longest")
     parser.add_argument("--interleaved", action="store_true", help="all sessions at once, a turn of each in turn")
     parser.add_argument("--write", action="store_true", help="write JSON, table and plots into the project")
