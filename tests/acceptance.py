@@ -7,6 +7,7 @@ The rows are in ``tests/acceptance_rows.toml``.  Holds no tests itself.
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -90,12 +91,21 @@ def find_tests(tests: Path = ROOT / "tests") -> dict[str, list[ShownBy]]:
     """
     found: dict[str, list[ShownBy]] = {}
     for path in sorted(tests.rglob("test_*.py")):
-        for name in _test_names(ast.parse(path.read_text("utf-8"))):
+        for name in _test_names(_parsed(path)):
             for identity in ids_in(name):
                 shown = ShownBy(path.relative_to(tests.parent).as_posix(), name)
                 if shown not in found.setdefault(identity, []):
                     found[identity].append(shown)
     return found
+
+
+def _parsed(path: Path) -> ast.Module:
+    # A finalizer that runs while CPython 3.11 builds a tree makes it a SystemError.
+    gc.disable()
+    try:
+        return ast.parse(path.read_text("utf-8"))
+    finally:
+        gc.enable()
 
 
 def _test_names(module: ast.Module) -> Iterator[str]:

@@ -130,12 +130,11 @@ class KeysModel:
         if not 1 <= number <= len(chain) or chain[number - 1].is_tombstone:
             raise Absent
         self._check(key, change)
-        old = chain[number - 1]
+        old, now = chain[number - 1], self.live(key)
+        expires = self._expiry(change) if change.ttl_s is not None or now is None else now.expires_at_ms
         return self._add(
             key,
-            Version(
-                "rollback", old.body, old.tags, old.session, change.agent, change.change_type, self._expiry(change)
-            ),
+            Version("rollback", old.body, old.tags, old.session, change.agent, change.change_type, expires),
         )
 
     def commit(

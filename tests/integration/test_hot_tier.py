@@ -33,8 +33,11 @@ from holdfast.streams.wire import HOT_STREAM, hot_subject
 from tests.support import OwnServer, hpub, plain_client, raw_publish
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nats.aio.client import Client
 
+    from holdfast.schemas.rows import ContextRow
     from holdfast.streams.connection import Connection
 
 
@@ -347,8 +350,14 @@ class TestForeignMessages:
         ref = format_ref("context", compute_digest(hf.namespace, "context", body, content_type=BINARY))
         async with plain_client(nats_server) as client:
             await publish_under(client, hf.namespace, ref, forged.payload, forged.headers)
+
+        async def nothing_archived(_namespace: str, _digests: Sequence[Digest]) -> dict[Digest, ContextRow]:
+            return {}
+
+        hot = HotTier(hf.connection, cold=nothing_archived)
         with pytest.raises(ConflictError):
-            await hf.put(body)
+            await hot.put_many([NewContext(namespace=hf.namespace, kind="context", body=body, content_type=BINARY)])
+        await hot.close()
 
     async def test_a_message_with_broken_headers_does_not_silence_the_connection(
         self, hf: Holdfast, nats_server: str

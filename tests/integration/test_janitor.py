@@ -16,6 +16,7 @@ from holdfast.schemas.failpoints import FailpointError
 from holdfast.schemas.ids import now_ms
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.decode import KeyVersionBody
+from holdfast.streams.key_log import KeyLog
 from holdfast.streams.server_clock import ServerClock
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import KEYS_STREAM
@@ -86,9 +87,9 @@ async def test_a_newer_version_wins_over_the_janitor(connection: Connection) -> 
     class Racing(Janitor):
         """Writes a newer version between the janitor's look and its write."""
 
-        async def _expire(self, subject: str, version: ExpiringVersion, now: int) -> int:
+        async def _expire(self, subject: str, version: ExpiringVersion, now: int, after_seq: int | None = None) -> int:
             await put_version(connection, "default", "k", 2)
-            return await super()._expire(subject, version, now)
+            return await super()._expire(subject, version, now, after_seq)
 
     janitor = Racing(connection, clock_ms=lambda: clock)
     await put_version(connection, "default", "k", 1, expires_at_ms=clock)
@@ -134,6 +135,18 @@ async def test_garbage_among_versions_does_not_stop_the_janitor(connection: Conn
     await put_version(connection, "default", "j", 1, expires_at_ms=clock)
     janitor = Janitor(connection, clock_ms=lambda: clock)
     assert await janitor.round() == 1
+    await janitor.close()
+
+
+async def test_what_is_no_version_on_top_of_a_key_does_not_keep_it_from_expiring(connection: Connection) -> None:
+    await put_version(connection, "default", "a", 1, expires_at_ms=1_000)
+    await connection.lean.request("$KV.ctx-keys.default.a", b"garbage")
+    janitor = Janitor(connection, clock_ms=lambda: 2_000)
+    assert await janitor.round() == 1
+    head = await KeyLog(connection).head("default", "a")
+    assert head.row is not None
+    assert (head.row.op, head.row.version) == ("expire", 2)
+    assert await janitor.round() == 0
     await janitor.close()
 
 

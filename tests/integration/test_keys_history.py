@@ -233,3 +233,16 @@ async def test_without_a_resolver_what_is_hot_is_still_read_and_the_rest_is_told
                 _ = [version async for version in other.keys.history("k")]
             with pytest.raises(NotFoundError):
                 await other.keys.get("never written", 3)
+
+
+async def test_a_body_whose_equal_is_stored_in_parts_that_have_left_is_stored_and_found(hf: Holdfast, url: str) -> None:
+    turns = [{"turn": turn, "said": f"{turn} {'words of no great weight ' * 20}"} for turn in range(30)]
+    for number in range(20, 30):
+        await hf.keys.put("talk", turns[:number])
+    await make_cold(hf)
+    # Of the parts of this one only the last is in the hot tier.
+    value = await hf.keys.put("talk", turns)
+    async with connect(url, hf.namespace, "other", cache_bytes=0) as other:
+        ref = await other.put(turns)
+        assert ref == value.ref
+        assert (await other.resolve(ref)).body == turns

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 
 import msgspec
 
-from holdfast.client.cold import ResolverClient
+from holdfast.client.cold import ResolverClient, cold_chunks
 from holdfast.client.reading import BodyReader
 from holdfast.ops.export_files import open_export
 from holdfast.ops.export_format import End, Header, Numbered, read_export
@@ -111,7 +111,7 @@ class ExportImport:
         self._overwrite = overwrite
         self._on_key = on_key
         self._on_progress = on_progress
-        self._hot = HotTier(hf.connection)
+        self._hot = HotTier(hf.connection, cold=cold_chunks(hf.connection))
         self._reader = BodyReader(self._hot, ResolverClient(hf.connection, hf.namespace), hf.namespace)
         self._parts = PartReader(self._reader)
         self._stored = SeenDigests()

@@ -20,6 +20,7 @@ from holdfast.streams.wire import H_CREATED, H_DIGEST, H_END, H_SERVICE_ERROR, s
 if TYPE_CHECKING:
     from holdfast.schemas.rows import ContextRow
     from holdfast.streams.connection import Connection, Msg
+    from holdfast.streams.hot import ColdChunks
 
 _FETCH: Final = 1_000
 """Digests in one request."""
@@ -128,6 +129,18 @@ class ResolverClient:
                     )
                 except HoldfastError as error:
                     failed[digest] = error
+
+
+def cold_chunks(connection: Connection) -> ColdChunks:
+    """Returns a reader of parts that have left the hot tier, for a :class:`HotTier` of any namespace."""
+
+    async def read(namespace: str, digests: Sequence[Digest]) -> dict[Digest, ContextRow]:
+        rows, errors = await ResolverClient(connection, namespace).fetch(digests, cold=True)
+        for error in errors.values():
+            raise error
+        return rows
+
+    return read
 
 
 def error_of(body: ErrorBody) -> HoldfastError:

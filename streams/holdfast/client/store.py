@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from holdfast.client.cold import ResolverClient
+from holdfast.client.cold import ResolverClient, cold_chunks
 from holdfast.client.encryption import seal_contexts
 from holdfast.client.growing import GrowingBodies
 from holdfast.client.key_cold import RemoteColdKeys
@@ -94,7 +94,7 @@ class Holdfast:
         self.agent = agent
         self.cache = NearCache(cache_bytes)
         self.key_ring = KeyRing.from_environment() if key_ring is None else key_ring
-        self._hot = HotTier(connection, replicas=replicas)
+        self._hot = HotTier(connection, replicas=replicas, cold=cold_chunks(connection))
         self._events = EventLog(connection)
         self._resolver = ResolverClient(connection, namespace)
         self._reader = BodyReader(self._hot, self._resolver, namespace)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from holdfast.schemas import limits
-from holdfast.schemas.errors import ConflictError, HoldfastError, IntegrityError, RetryError, UnavailableError
+from holdfast.schemas.errors import ConflictError, HoldfastError, RetryError, UnavailableError
 from holdfast.schemas.refs import JSON, Digest, Ref, format_ref
 from holdfast.streams.arrivals import next_of
-from holdfast.streams.codec import StoredForm, decode_manifest, inflate, join, seal, unseal
+from holdfast.streams.codec import StoredForm, decode_manifest, inflate, join, require_chunks, seal, unseal
 from holdfast.streams.committer import Committer, Settled
 from holdfast.streams.connection import ApiError, Connection, Msg
 from holdfast.streams.messages import parse_time_ms
@@ -42,6 +42,10 @@ _MULTI_GET: Final = 1000
 _NO_MESSAGE: Final = 10037
 
 
+ColdChunks = Callable[[str, Sequence[Digest]], Awaitable["dict[Digest, ContextRow]"]]
+"""Given a namespace and digests, returns the chunks that the lake holds of them."""
+
+
 class NewContext(msgspec.Struct, frozen=True, kw_only=True):
     """A context to be stored; its fields have been validated."""
 
@@ -63,12 +67,14 @@ class HotTier:
     """Reads and writes of the hot tier on one connection.
 
     ``replicas``: with more than one, a miss is confirmed at the stream's leader, since a direct get may be answered by
-    a server that has not caught up.
+    a server that has not caught up.  ``cold`` reads parts that have left the hot tier: needed to tell whether an equal
+    body is stored already in other parts than it would be now; without it such a put is refused as unavailable.
     """
 
-    def __init__(self, connection: Connection, *, replicas: int = 1) -> None:
+    def __init__(self, connection: Connection, *, replicas: int = 1, cold: ColdChunks | None = None) -> None:
         self._connection = connection
         self._replicas = replicas
+        self._cold = cold
         self._committer = Committer(connection, verifier=self._verify)
 
     async def put_many(self, contexts: Sequence[NewContext]) -> list[Put]:
@@ -232,8 +238,18 @@ class HotTier:
 
     async def _check_foreign_manifest(self, row: ContextRow) -> None:
         """Raises unless the chunks of a manifest that this release would not have written make the body it names."""
-        if await self.join_chunks(row) is None:
-            raise IntegrityError(f"the manifest of {row.ref} names chunks that the hot tier does not hold")
+        chunks = decode_manifest(row.body).chunks
+        found, damaged = await self.get_stored_many(row.namespace, chunks)
+        for error in damaged.values():
+            raise error
+        left = [digest for digest in dict.fromkeys(chunks) if digest not in found]
+        if left:
+            # Shared parts may be older than the manifests that name them, and have left before.
+            if self._cold is None:
+                raise UnavailableError(f"{len(left)} parts of {row.ref} are not in the hot tier")
+            found |= await self._cold(row.namespace, left)
+        require_chunks(row, found)
+        await asyncio.to_thread(join, row, {digest: chunk.body for digest, chunk in found.items()})
 
 
 def _windows(contexts: Sequence[NewContext]) -> Iterator[list[NewContext]]:

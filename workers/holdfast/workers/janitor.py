@@ -21,12 +21,13 @@ from holdfast.schemas.errors import GapError, HoldfastError, RetryError, Unavail
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import derived_event_id
 from holdfast.streams.decode import KeyVersionBody, decode_key_version
+from holdfast.streams.key_log import KeyLog
 from holdfast.streams.publish import WRONG_LAST_SEQUENCE, Outgoing, Refused, publish
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
 from holdfast.streams.server_clock import ServerClock
 from holdfast.streams.service import Call, decode_request, serve
-from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, H_MSG_ID, KEYS_STREAM, message_id
+from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, H_MSG_ID, KEYS_STREAM, message_id, parse_key_subject
 from holdfast.workers.control import CLEANUP_SUBJECT, CleanupReport, Empty
 from holdfast.workers.waiting import wait_for_event
 
@@ -75,6 +76,7 @@ class Janitor:
     def __init__(self, connection: Connection, *, clock_ms: Callable[[], int] | None = None) -> None:
         self._connection = connection
         self._clock_ms = clock_ms
+        self._log = KeyLog(connection)
         self._clock = ServerClock(connection)
         self._reader = StreamReader(connection, KEYS_STREAM, 1, allow_gaps=True)
         self._due: list[tuple[int, int, str]] = []
@@ -178,7 +180,7 @@ class Janitor:
             taken.append((subject, version))
         return taken
 
-    async def _expire(self, subject: str, version: ExpiringVersion, now: int) -> int:
+    async def _expire(self, subject: str, version: ExpiringVersion, now: int, after_seq: int | None = None) -> int:
         event_id = derived_event_id(version.namespace, "expire", version.epoch, str(version.seq))
         body = KeyVersionBody(
             version=version.version + 1,
@@ -190,11 +192,16 @@ class Janitor:
             agent_id=version.agent_id,
             timestamp_ms=now,
         )
-        headers = {H_EXPECT_SUBJECT_SEQ: str(version.seq), H_MSG_ID: message_id(version.namespace, event_id)}
+        expected = version.seq if after_seq is None else after_seq
+        headers = {H_EXPECT_SUBJECT_SEQ: str(expected), H_MSG_ID: message_id(version.namespace, event_id)}
         message = Outgoing(subject, headers, msgspec.json.encode(body))
         try:
             await call_with_retry(lambda: self._publish(message), deadline_s=WRITE_DEADLINE_S)
         except Refused:
+            head = await self._log.head(*parse_key_subject(subject))
+            if after_seq is None and head.row is not None and head.row.seq == version.seq:
+                # What stands behind it is no version: somebody put something of his own on the subject.
+                return await self._expire(subject, version, now, head.last_seq)
             self.counters.overtaken += 1
             return 0
         except BaseException:

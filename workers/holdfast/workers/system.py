@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from holdfast.client.cold import cold_chunks
 from holdfast.lake.index import LakeIndex
 from holdfast.lake.lake import Lake
 from holdfast.schemas.errors import DataDirectoryError
@@ -112,7 +113,7 @@ async def run_workers(
         )
         if lake is not None:
             await _mark_new_keys(connection, lake, streams[KEYS_STREAM])
-        hot = HotTier(connection, replicas=streams[HOT_STREAM].replicas)
+        hot = HotTier(connection, replicas=streams[HOT_STREAM].replicas, cold=cold_chunks(connection))
         stack.push_async_callback(hot.close)
         workers = RunningWorkers(connection)
         for name in WORKERS:

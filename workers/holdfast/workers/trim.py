@@ -207,8 +207,9 @@ class Trimmer:
         first = await first_seq_since(self._connection, KEYS_STREAM, since_ms)
         if first is None:
             # Any replica may have answered that.  To one that is behind, nothing is young.
-            last = await self._connection.api(f"STREAM.MSG.GET.{KEYS_STREAM}", {"last_by_subj": ">"})
-            if parse_time_ms(last["message"]["time"]) >= since_ms:
+            # Not of the last message there is: that may be a tombstone that has left.
+            state = (await self._connection.api(f"STREAM.INFO.{KEYS_STREAM}"))["state"]
+            if parse_time_ms(state["last_ts"]) >= since_ms:
                 raise UnavailableError("a replica of the keys stream has not caught up yet")
         return first
 
