@@ -12,7 +12,7 @@ import msgspec
 
 from holdfast.client.near_cache import MAX_AGE_MS
 from holdfast.schemas import limits
-from holdfast.schemas.errors import ConflictError, HoldfastError, NotFoundError, RetryError
+from holdfast.schemas.errors import HoldfastError, NotFoundError, RetryError
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.names import CHUNK_KIND
 from holdfast.schemas.refs import JSON, Digest, Ref, parse_ref
@@ -100,7 +100,7 @@ class GrowingBodies:
         at = {digest: settled.seq for digest, settled in zip(chunks, stored, strict=True)}
         if base is not None:
             at |= {part.digest: seq for part, seq in zip(base.shape.parts, base.seqs, strict=True) if seq}
-        await self._store_heads([head for _, head, _ in planned])
+        await self._hot.store_forms(self._namespace, [head for _, head, _ in planned])
         now = now_ms()
         results: list[Grown] = []
         for context, (_, head, shape) in zip(contexts, planned, strict=True):
@@ -178,20 +178,6 @@ class GrowingBodies:
             return None
         self._known.move_to_end(ref)
         return grown
-
-    async def _store_heads(self, heads: Sequence[StoredForm]) -> None:
-        try:
-            await self._hot.store_forms(self._namespace, heads)
-        except ConflictError:
-            # Perhaps an equal body that is stored in other parts, of which some have left the hot tier: then it can be
-            # read, with the lake's help, and what is read has been checked against its digest.
-            digests = list(dict.fromkeys(head.digest for head in heads))
-            rows, _, errors = await self._reader.load(digests)
-            for error in errors.values():
-                if isinstance(error, RetryError):
-                    raise error from None
-            if any(digest not in rows for digest in digests):
-                raise
 
     def _held_at(self, seqs: Sequence[int]) -> dict[Digest, ContextRow]:
         """The parts at these places of the hot tier that bodies in memory have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -154,13 +154,8 @@ class HotTier:
 
     async def join_chunks(self, row: ContextRow) -> ContextRow | None:
         """Returns the whole context of a manifest, or None when the hot tier lacks one of its chunks."""
-        manifest = decode_manifest(row.body)
-        found, damaged = await self.get_stored_many(row.namespace, manifest.chunks)
-        for error in damaged.values():
-            raise error
-        if any(digest not in found for digest in manifest.chunks):
-            return None
-        return await asyncio.to_thread(join, row, {digest: chunk.body for digest, chunk in found.items()})
+        found, left = await self._chunks_of(row)
+        return None if left else await _joined(row, found)
 
     async def close(self) -> None:
         """Waits until every write that was handed in has an outcome."""
@@ -238,18 +233,26 @@ class HotTier:
 
     async def _check_foreign_manifest(self, row: ContextRow) -> None:
         """Raises unless the chunks of a manifest that this release would not have written make the body it names."""
-        chunks = decode_manifest(row.body).chunks
-        found, damaged = await self.get_stored_many(row.namespace, chunks)
-        for error in damaged.values():
-            raise error
-        left = [digest for digest in dict.fromkeys(chunks) if digest not in found]
+        found, left = await self._chunks_of(row)
         if left:
             # Shared parts may be older than the manifests that name them, and have left before.
             if self._cold is None:
                 raise UnavailableError(f"{len(left)} parts of {row.ref} are not in the hot tier")
             found |= await self._cold(row.namespace, left)
         require_chunks(row, found)
-        await asyncio.to_thread(join, row, {digest: chunk.body for digest, chunk in found.items()})
+        await _joined(row, found)
+
+    async def _chunks_of(self, row: ContextRow) -> tuple[dict[Digest, ContextRow], list[Digest]]:
+        """The chunks of a manifest that the hot tier holds, and those that it does not; raises for a damaged one."""
+        chunks = decode_manifest(row.body).chunks
+        found, damaged = await self.get_stored_many(row.namespace, chunks)
+        for error in damaged.values():
+            raise error
+        return found, [digest for digest in dict.fromkeys(chunks) if digest not in found]
+
+
+async def _joined(row: ContextRow, chunks: Mapping[Digest, ContextRow]) -> ContextRow:
+    return await asyncio.to_thread(join, row, {digest: chunk.body for digest, chunk in chunks.items()})
 
 
 def _windows(contexts: Sequence[NewContext]) -> Iterator[list[NewContext]]:
