@@ -11,6 +11,7 @@
     │   │   ├── InvalidNameError      a namespace, agent, event name or kind
     │   │   ├── InvalidRefError       not a well-formed reference
     │   │   └── InvalidBodyError      a body that cannot be encoded or decoded
+    │   ├── DepthLimitError       an event would stand too deep in its lineage: a loop of handlers, most likely
     │   ├── TooLargeError         over a stated limit
     │   ├── NotFoundError         nothing is stored under that name
     │   └── VersionConflictError  a named context has another version than the one expected: read it and decide anew
@@ -158,6 +159,28 @@ class VersionConflictError(InputError):
         self.key = key
         self.expected = expected
         self.actual = actual
+
+
+class DepthLimitError(InputError):
+    """An event would stand deeper in its lineage than is allowed; it was not sent.
+
+    ``depth`` is where it would have stood.  Handlers that answer each other without end are stopped by it.
+    """
+
+    code = "depth_limit"
+    details: ClassVar[tuple[str, ...]] = ("depth",)
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        depth: int = 0,
+        hint: str | None = None,
+        field: str | None = "event_depth",
+        limit: int | str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, field=field, limit=limit)
+        self.depth = depth
 
 
 class ConfigurationError(HoldfastError):

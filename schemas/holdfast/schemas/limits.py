@@ -73,6 +73,9 @@ TAGS: Final = 64
 CONTENT_TYPE_CHARS: Final = 128
 """Longest content type."""
 
+LINEAGE_DEPTH: Final = 64
+"""Deepest event that may be emitted as a child by lineage alone: what answers itself without end is stopped here."""
+
 BATCH_REFS: Final = 1000
 """Most references in one ``resolve_batch``."""
 

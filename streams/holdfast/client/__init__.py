@@ -10,6 +10,7 @@
 The base install is enough for it; nothing of the lake is imported.
 """
 
+from holdfast.client import lineage
 from holdfast.client.context_client import ContextClient
 from holdfast.client.context_functions import get_context, store_context, update_context
 from holdfast.client.model import Context, Event, Resolved, Tier
@@ -27,6 +28,7 @@ from holdfast.client.store import Holdfast, connect
 from holdfast.schemas.errors import (
     ConfigurationError,
     ConflictError,
+    DepthLimitError,
     DigestMismatchError,
     EncryptionKeyError,
     GapError,
@@ -55,6 +57,7 @@ __all__ = [
     "ContextManager",
     "ContextReference",
     "ContextRegistry",
+    "DepthLimitError",
     "DigestMismatchError",
     "EncryptionKeyError",
     "Event",
@@ -84,6 +87,7 @@ __all__ = [
     "get_context",
     "get_context_registry",
     "get_step_result_manager",
+    "lineage",
     "store_context",
     "update_context",
 ]

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
-from holdfast.client.key_arguments import check_expected_version
+from holdfast.client.key_arguments import Ttl, check_expected_version, check_tags, check_ttl_ms
 from holdfast.client.key_writer import Decide, Draft, State, absent
+from holdfast.client.lineage import scope as current_scope
 from holdfast.client.merging import merge_patch
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import Body, check_nesting, check_size, encode_body, encode_json
 from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, TooLargeError, VersionConflictError
-from holdfast.schemas.names import check_key
+from holdfast.schemas.names import check_agent, check_key
 from holdfast.schemas.refs import JSON
+from holdfast.streams.events import check_id_text
 from holdfast.streams.hot import NewContext
 
 if TYPE_CHECKING:
@@ -43,6 +45,33 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     changed_by: str | None = None
     change_type: str | None = None
     ttl_ms: float | None = None
+
+
+def meta_of(
+    agent: str,
+    tags: Iterable[str] | None,
+    session: str | None,
+    ttl: Ttl,
+    changed_by: str | None,
+    change_type: str | None,
+    named_agent: str | None,
+) -> Meta:
+    """Returns what a caller says of a change, checked; session and agent not named are those of the current event.
+
+    ``agent`` signs where neither says who.
+    """
+    scope = current_scope()
+    context = {} if scope is None else scope.context
+    session = context.get("session_id") if session is None else session
+    named_agent = context.get("agent_id", agent) if named_agent is None else named_agent
+    return Meta(
+        tags=None if tags is None else check_tags(tags),
+        session_id=None if session is None else check_id_text(session, "session"),
+        agent_id=check_agent(named_agent),
+        changed_by=None if changed_by is None else check_id_text(changed_by, "changed_by"),
+        change_type=None if change_type is None else check_id_text(change_type, "change_type"),
+        ttl_ms=check_ttl_ms(ttl),
+    )
 
 
 def put(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from holdfast.client.key_arguments import check_prefix
+from holdfast.client.lineage import within
 from holdfast.schemas.errors import InvalidFieldError, NotFoundError
 from holdfast.schemas.policies import DEFAULT_POLICIES, POLICIES_KEY, KeyPolicy, Policies, decode_policies
 
@@ -61,7 +62,8 @@ class PrefixPolicies:
 
     async def _stored(self) -> Policies:
         try:
-            return decode_policies((await self._keys.get(POLICIES_KEY)).raw)
+            with within(None):  # no event asked for it
+                return decode_policies((await self._keys.get(POLICIES_KEY)).raw)
         except NotFoundError:
             return DEFAULT_POLICIES
 

@@ -13,18 +13,18 @@ import jsonpatch
 
 from holdfast.client import key_arguments, key_changes
 from holdfast.client.key_arguments import Ttl
-from holdfast.client.key_changes import UNCHANGED, Meta
+from holdfast.client.key_changes import UNCHANGED
 from holdfast.client.key_history import KeyHistory
 from holdfast.client.key_model import KeyValue, KeyVersion, is_live, is_tombstone
 from holdfast.client.key_policies import PrefixPolicies
 from holdfast.client.key_writer import Decide, KeyWriter, Written, absent
+from holdfast.client.lineage import note_read, note_stored
 from holdfast.client.model import Context
 from holdfast.client.watch import KeyWatch
 from holdfast.schemas.bodies import Body, encode_body
 from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, NotFoundError, RetryError
-from holdfast.schemas.names import check_agent, check_key, check_kind
+from holdfast.schemas.names import check_key, check_kind
 from holdfast.schemas.policies import POLICIES_KEY, KeyPolicy, Policies
-from holdfast.streams.events import check_id_text
 from holdfast.streams.hot import NewContext
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Keys:
         raw, chosen_type = encode_body(body, content_type)
         policy = await self._policy(check_key(key))
         context = NewContext(namespace=self._namespace, kind=check_kind(kind), body=raw, content_type=chosen_type)
-        meta = self._meta(tags, session, ttl, changed_by, change_type, agent)
+        meta = key_changes.meta_of(self._agent, tags, session, ttl, changed_by, change_type, agent)
         decide = key_changes.put(
             key, context, meta, expected_version, policy, encrypt=bool(policy.encrypt) if encrypt is None else encrypt
         )
@@ -239,7 +239,7 @@ class Keys:
         raised; the rest as of :meth:`patch`.
         """
         policy = await self._policy(check_key(key))
-        meta = self._meta(tags, session, ttl, changed_by, change_type, agent)
+        meta = key_changes.meta_of(self._agent, tags, session, ttl, changed_by, change_type, agent)
         decide = key_changes.update(
             key,
             change,
@@ -267,7 +267,7 @@ class Keys:
 
         Raises NotFoundError when there is nothing to delete, VersionConflictError as :meth:`put`.
         """
-        meta = self._meta(None, None, None, changed_by, change_type, agent)
+        meta = key_changes.meta_of(self._agent, None, None, None, changed_by, change_type, agent)
         written = await self._change(check_key(key), key_changes.delete(key, meta, expected_version))
         return await self._version(written.row)
 
@@ -288,7 +288,7 @@ class Keys:
         or when it is a tombstone.
         """
         old = await self.get(key, version)
-        meta = self._meta(None, None, ttl, changed_by, change_type, agent)
+        meta = key_changes.meta_of(self._agent, None, None, ttl, changed_by, change_type, agent)
         policy = await self._policy(key)
         decide = key_changes.rollback(key, old.row, meta, expected_version, policy)
         written = await self._change(key, decide)
@@ -399,7 +399,7 @@ class Keys:
         but still all or none.  ``deletes`` are keys that get a tombstone; one that has no body is an error.  At most
         500 keys.  Raises VersionConflictError naming the first key that differs; nothing was written then.
         """
-        meta = self._meta(tags, session, ttl, changed_by, change_type, agent)
+        meta = key_changes.meta_of(self._agent, tags, session, ttl, changed_by, change_type, agent)
         decisions = key_changes.commit(
             self._namespace,
             bodies,
@@ -447,24 +447,6 @@ class Keys:
     async def _change(self, key: str, decide: Decide, *, needs_body: bool = False) -> Written:
         return await self._writer.change(key, decide, needs_body=needs_body)
 
-    def _meta(
-        self,
-        tags: Iterable[str] | None,
-        session: str | None,
-        ttl: Ttl,
-        changed_by: str | None,
-        change_type: str | None,
-        agent: str | None,
-    ) -> Meta:
-        return Meta(
-            tags=None if tags is None else key_arguments.check_tags(tags),
-            session_id=None if session is None else check_id_text(session, "session"),
-            agent_id=self._agent if agent is None else check_agent(agent),
-            changed_by=None if changed_by is None else check_id_text(changed_by, "changed_by"),
-            change_type=None if change_type is None else check_id_text(change_type, "change_type"),
-            ttl_ms=key_arguments.check_ttl_ms(ttl),
-        )
-
     async def _earlier(self, from_version: int, key: str) -> AsyncIterator[KeyVersion]:
         async for row in self._history.from_version(key, from_version):
             yield await self._version(row)
@@ -474,16 +456,19 @@ class Keys:
         if row is None or row.ref is None:
             raise NotFoundError("the version points at nothing", field="version")
         grown, tier = await self._bodies.load(row.ref, head.at)
+        note_read(grown.row)
         return KeyValue(row, self._load, Context(grown.row, tier, self._ring), epoch=await self._epoch())
 
     async def _load(self, row: KeyVersionRow) -> Context:
         if row.ref is None:
             raise NotFoundError(f"version {row.version} of {row.key!r} is a tombstone ({row.op})", field="version")
         grown, tier = await self._bodies.load(row.ref)
+        note_read(grown.row)
         return Context(grown.row, tier, self._ring)
 
     async def _value(self, written: Written) -> KeyValue:
         assert written.context is not None
+        note_stored(written.context)
         return KeyValue(written.row, self._load, written.context, epoch=await self._epoch())
 
     async def _version(self, row: KeyVersionRow) -> KeyVersion:

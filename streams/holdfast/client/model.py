@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from holdfast.client.encryption import SEALED, key_id_of, open_sealed
+from holdfast.client.lineage_context import attributes_in, of_event
 from holdfast.schemas.bodies import decode_body
 from holdfast.schemas.errors import EncryptionKeyError, InvalidBodyError
 from holdfast.schemas.ids import EventId, utc_from_ms
@@ -65,6 +66,11 @@ class Context:
     def size(self) -> int:
         """Bytes of ``raw``, whatever form it is stored in."""
         return len(self._opened[0])
+
+    @property
+    def stored_size(self) -> int:
+        """Bytes of the body under the digest: ``size``, or when encrypted that of the envelope."""
+        return self._row.size
 
     @property
     def stored(self) -> tuple[bytes, str]:
@@ -144,7 +150,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened, with its place in a lineage.  Times are UTC.
 
     ``timestamp`` is the producer's time, ``stored_at`` the server's (None for an event just emitted); ``data`` is
-    decoded JSON.  The root of a lineage has depth 0 and is its own root.
+    decoded JSON; ``extra`` holds the members of its message that are no fields.  The root of a lineage has depth 0 and
+    is its own root.
     """
 
     event_id: EventId
@@ -164,3 +171,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     stored_at: datetime | None = None
     source_id: str | None = None
     extra: Any = None
+    traceparent: str | None = None
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The attributes of its lineage: members of the explicit dict that are no fields, inherited by its children."""
+        return attributes_in(self.extra)
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """Its lineage in explicit form: what is emitted with ``lineage=`` this is its child."""
+        return of_event(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -11,24 +11,27 @@ from typing import Any, Final
 import msgspec
 
 from holdfast.client.cold import ResolverClient, cold_chunks
+from holdfast.client.emitting import Named, event_of, minted, moment_ms, place_event
 from holdfast.client.encryption import seal_contexts
 from holdfast.client.growing import GrowingBodies
 from holdfast.client.key_cold import RemoteColdKeys
 from holdfast.client.key_ring import KeyRing
 from holdfast.client.keys import Keys
+from holdfast.client.lineage import note_emission
+from holdfast.client.lineage import scope as current_scope
 from holdfast.client.model import Context, Event, Resolved
 from holdfast.client.near_cache import DEFAULT_BYTES, NearCache
 from holdfast.client.reading import BodyReader
 from holdfast.schemas.bodies import Body, encode_body
-from holdfast.schemas.errors import HoldfastError, InvalidFieldError, InvalidRefError, NotFoundError
-from holdfast.schemas.ids import EventId, ms_from_utc, new_event_id, normal_event_id, now_ms, utc_from_ms
+from holdfast.schemas.errors import HoldfastError, InvalidRefError, NotFoundError
+from holdfast.schemas.ids import now_ms, utc_from_ms
 from holdfast.schemas.names import check_agent, check_kind, check_namespace
 from holdfast.schemas.refs import Digest, Ref, parse_ref
 from holdfast.schemas.rows import ContextRow
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.connection_target import ConnectionTarget
 from holdfast.streams.discovery import require_connection
-from holdfast.streams.events import EventLog, NewEvent, check_id_text
+from holdfast.streams.events import EventLog, NewEvent
 from holdfast.streams.hot import HotTier, NewContext
 from holdfast.streams.key_log import KeyLog
 from holdfast.streams.server_clock import ServerClock
@@ -126,8 +129,7 @@ class Holdfast:
         InputError for a body, kind or time that cannot be stored, UnknownOutcomeError when no acknowledgement came,
         EncryptionKeyError when there is no key.
         """
-        context = self._new_context(body, kind, content_type, expires_at)
-        return (await self._store([context], encrypt))[0]
+        return (await self._put([self._new_context(body, kind, content_type, expires_at)], encrypt))[0]
 
     async def put_many(
         self,
@@ -143,20 +145,23 @@ class Holdfast:
         They are sent in atomic batches; each context is stored or not by itself, and all of them before this returns.
         Errors as of :meth:`put`; a body that cannot be encoded raises before anything is sent.
         """
-        return await self._store([self._new_context(body, kind, content_type, expires_at) for body in bodies], encrypt)
+        return await self._put([self._new_context(body, kind, content_type, expires_at) for body in bodies], encrypt)
 
-    async def resolve(self, ref: str) -> Context:
+    async def resolve(
+        self, ref: str, *, track: bool | None = None, lineage: Mapping[str, Any] | None = None
+    ) -> Context:
         """Returns the context of a reference, from this process, the hot tier or the lake, whichever has it first.
 
-        Its bytes have been checked against the reference.  Raises InvalidRefError for what is no reference,
-        NotFoundError when it is stored nowhere or has expired, DigestMismatchError when the only copy is damaged,
-        UnavailableError when it is not hot and no resolver answers.
+        ``track`` notes for the receipt of the current event, or of that of ``lineage``, that it read this context;
+        None: as is the way where it runs (handlers note it).  The bytes have been checked against the reference.
+        Raises InvalidRefError for what is no reference, NotFoundError when it is stored nowhere or has expired,
+        DigestMismatchError when the only copy is damaged, UnavailableError when it is not hot and no resolver answers.
         """
         # What the near cache holds was looked up under a well-formed reference: no need to take it apart again.
         if ref in self.cache:
             row = self.cache.get(Ref(ref), now_ms())
             if row is not None:
-                return Context(row, "cache", self.key_ring)
+                return await self._tracked(Context(row, "cache", self.key_ring), track, lineage)
         parse_ref(ref)
         contexts, errors = await self._resolve([Ref(ref)])
         if ref in errors:
@@ -168,9 +173,11 @@ class Holdfast:
                 field="ref",
                 hint="it may have expired, or belong to another namespace",
             )
-        return context
+        return await self._tracked(context, track, lineage)
 
-    async def resolve_many(self, refs: Iterable[str]) -> Resolved:
+    async def resolve_many(
+        self, refs: Iterable[str], *, track: bool | None = None, lineage: Mapping[str, Any] | None = None
+    ) -> Resolved:
         """Returns the contexts of many references, and those that are stored nowhere, in order of first mention.
 
         Two round trips for everything that is hot, whatever their number up to 1,000.  Errors as of :meth:`resolve`.
@@ -181,6 +188,8 @@ class Holdfast:
         contexts, errors = await self._resolve(wanted)
         for error in errors.values():
             raise error
+        for context in contexts.values():
+            await self._tracked(context, track, lineage)
         return Resolved(
             found={ref: contexts[ref] for ref in wanted if ref in contexts},
             missing=[ref for ref in wanted if ref not in contexts],
@@ -196,6 +205,7 @@ class Holdfast:
         session: str | None = None,
         correlation: str | None = None,
         parent: Event | str | None = None,
+        lineage: Mapping[str, Any] | None = None,
         agent: str | None = None,
         client: str | None = None,
         originator: str | None = None,
@@ -205,30 +215,42 @@ class Holdfast:
     ) -> Event:
         """Publishes an event and returns it, once it is stored durably.
 
-        ``context`` is a reference, or a body, which is stored first.  ``parent`` is the event this one follows from:
-        given as an Event, session, correlation and root are taken over where they are not given.  ``event_id`` makes
-        a repetition harmless: the same id is stored once (an id that is no UUID is turned into one, and kept as
-        ``source_id``).  Raises InputError naming the field that cannot be sent, UnknownOutcomeError without an
-        acknowledgement.
+        ``context`` is a reference, or a body, which is stored first.  The event is a child of the current one (see
+        :mod:`holdfast.client.lineage`), of ``lineage`` in its stead (empty: of none), or of ``parent``, and takes over
+        session, correlation, agent, client, originator and attributes where they are not given (of a ``parent`` that
+        is an Event, its session and correlation).  ``event_id`` makes a repetition harmless: the same id is stored
+        once (an id that is no UUID is turned into one, and kept as ``source_id``).  Raises InputError naming the field
+        that cannot be sent, DepthLimitError for a lineage without end, UnknownOutcomeError without an acknowledgement.
         """
-        event = self._new_event(
-            name,
-            data,
-            session=session,
-            correlation=correlation,
-            parent=parent,
-            agent=agent,
-            client=client,
+        named = Named(
+            session_id=session,
+            correlation_id=correlation,
+            agent_id=agent,
+            client_id=client,
             originator=originator,
+            parent=parent,
             event_id=event_id,
             timestamp=timestamp,
             traceparent=traceparent,
         )
+        scope = current_scope()
+        placed = place_event(self.namespace, self.agent, name, data, named, lineage=lineage, scope=scope)
+        event = placed.event
+        ref, size = None, None
         if context is not None:
-            ref = await self._context_ref(context, context_kind)
+            ref, size = await self._context_ref(context, context_kind)
             event = msgspec.structs.replace(event, context_ref=ref)
+        if event_id is None:
+            event = minted(event, scope)
         await self._events.publish_many([event])
-        return _event_of(event)
+        if ref is not None and scope is not None and scope.reads is not None:
+            if size is None:
+                scope.reads.referred(ref, event.id)
+            else:
+                scope.reads.produced(ref, size, event.id)
+        emitted = event_of(event)
+        note_emission(emitted, placed.parent, placed.path, overridden=placed.overridden)
+        return emitted
 
     async def publish_many(self, events: Sequence[NewEvent]) -> list[bool]:
         """Publishes prepared events in order; tells of each whether it was new.  For importers and replays."""
@@ -295,6 +317,14 @@ class Holdfast:
         await self._hot.close()
         await self._events.close()
 
+    async def _put(self, contexts: list[NewContext], encrypt: bool) -> list[Ref]:
+        refs = await self._store(contexts, encrypt)
+        scope = current_scope()
+        if scope is not None and scope.reads is not None:
+            for ref, context in zip(refs, contexts, strict=True):
+                scope.reads.produced(ref, len(context.body))
+        return refs
+
     async def _store(self, contexts: list[NewContext], encrypt: bool = False) -> list[Ref]:
         if encrypt:
             contexts = await asyncio.to_thread(seal_contexts, self.key_ring, contexts)
@@ -329,14 +359,27 @@ class Holdfast:
                 self.cache.add(ref, row, now)
         return contexts, errors
 
-    async def _context_ref(self, context: object, kind: str) -> Ref:
+    async def _tracked(self, context: Context, track: bool | None, lineage: Mapping[str, Any] | None) -> Context:
+        if track is False:
+            return context
+        scope = current_scope()
+        if lineage is None and scope is not None and scope.reads is not None:
+            scope.reads.read(context.ref, context.stored_size)
+        elif track:
+            given = lineage if lineage is not None else None if scope is None else scope.context
+            await self.receipts.record_read(given, context.ref, context.stored_size)
+        return context
+
+    async def _context_ref(self, context: object, kind: str) -> tuple[Ref, int | None]:
+        """The reference of what is given as an event's context, and its size when it was stored just now."""
         if isinstance(context, str):
             try:
                 parse_ref(context)
-                return Ref(context)
+                return Ref(context), None
             except InvalidRefError:
                 pass  # text is a body unless it reads as a reference
-        return await self.put(context, kind=kind)  # type: ignore[arg-type]  # put checks it, with a typed error
+        new = self._new_context(context, kind, None, None)  # type: ignore[arg-type]  # checked there, with a typed error
+        return (await self._store([new]))[0], len(new.body)
 
     def _new_context(self, body: Body, kind: str, content_type: str | None, expires_at: datetime | None) -> NewContext:
         raw, chosen_type = encode_body(body, content_type)
@@ -345,76 +388,8 @@ class Holdfast:
             kind=check_kind(kind),
             body=raw,
             content_type=chosen_type,
-            expires_at_ms=None if expires_at is None else _ms(expires_at, "expires_at"),
+            expires_at_ms=None if expires_at is None else moment_ms(expires_at, "expires_at"),
         )
-
-    def _new_event(
-        self,
-        name: str,
-        data: Any,
-        *,
-        session: str | None,
-        correlation: str | None,
-        parent: Event | str | None,
-        agent: str | None,
-        client: str | None,
-        originator: str | None,
-        event_id: str | None,
-        timestamp: datetime | None,
-        traceparent: str | None,
-    ) -> NewEvent:
-        source_id = None
-        if event_id is None:
-            identity = new_event_id()
-        else:
-            identity, source_id = normal_event_id(self.namespace, check_id_text(event_id, "event_id"))
-        parent_id, root_id, depth = None, None, 0
-        if isinstance(parent, Event):
-            parent_id = parent.event_id
-            root_id = parent.root_event_id
-            depth = parent.event_depth + 1
-            session = session if session is not None else parent.session_id
-            correlation = correlation if correlation is not None else parent.correlation_id
-        elif parent is not None:
-            parent_id, _ = normal_event_id(self.namespace, check_id_text(parent, "parent"))
-            depth = 1
-        return NewEvent(
-            namespace=self.namespace,
-            agent_id=self.agent if agent is None else agent,
-            name=name,
-            id=identity,
-            timestamp_ms=now_ms() if timestamp is None else _ms(timestamp, "timestamp"),
-            data=data,
-            session_id=session,
-            correlation_id=correlation,
-            parent_event_id=parent_id,
-            root_event_id=identity if parent_id is None else root_id,
-            event_depth=depth,
-            client_id=client,
-            originator=originator,
-            source_id=source_id,
-            traceparent=traceparent,
-        )
-
-
-def _event_of(event: NewEvent) -> Event:
-    return Event(
-        event_id=EventId(event.id),
-        name=event.name,
-        namespace=event.namespace,
-        agent_id=event.agent_id,
-        timestamp=utc_from_ms(now_ms() if event.timestamp_ms is None else event.timestamp_ms),
-        session_id=event.session_id,
-        correlation_id=event.correlation_id,
-        parent_event_id=None if event.parent_event_id is None else EventId(event.parent_event_id),
-        root_event_id=None if event.root_event_id is None else EventId(event.root_event_id),
-        event_depth=event.event_depth,
-        client_id=event.client_id,
-        originator=event.originator,
-        context_ref=event.context_ref,
-        data=event.data,
-        source_id=event.source_id,
-    )
 
 
 def _row_of(context: NewContext, ref: Ref, stored_at_ms: int) -> ContextRow:
@@ -436,19 +411,8 @@ def _is_expired(row: ContextRow, at_ms: int) -> bool:
     return row.expires_at_ms is not None and row.expires_at_ms <= at_ms
 
 
-def _ms(moment: object, field: str) -> int:
-    if not isinstance(moment, datetime) or moment.tzinfo is None:
-        raise InvalidFieldError(
-            f"{field} is not a datetime with a time zone", field=field, hint="use datetime.now(UTC)"
-        )
-    at_ms = ms_from_utc(moment)
-    if at_ms < 0:
-        raise InvalidFieldError(f"{field} {moment.isoformat()} is before 1970", field=field)
-    return at_ms
-
-
 def _iso(moment: datetime, field: str) -> str:
-    return utc_from_ms(_ms(moment, field)).astimezone(UTC).isoformat()
+    return utc_from_ms(moment_ms(moment, field)).astimezone(UTC).isoformat()
 
 
 __all__ = ["DEFAULT_KIND", "Holdfast", "connect"]

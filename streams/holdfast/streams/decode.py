@@ -72,6 +72,7 @@ class EventBody(msgspec.Struct, omit_defaults=True, kw_only=True):
     originator: str | None = None
     context_ref: str | None = None
     data: msgspec.Raw | None = None
+    attributes: msgspec.Raw | None = None
     source_id: str | None = None
     v: int | None = None
 

@@ -11,6 +11,7 @@ from holdfast.schemas import limits
 from holdfast.schemas.bodies import check_nesting, encode_json
 from holdfast.schemas.errors import InvalidFieldError, TooLargeError
 from holdfast.schemas.ids import MAX_MS, iso_from_ms, new_event_id, normal_event_id, now_ms
+from holdfast.schemas.lineage import ATTRIBUTES
 from holdfast.schemas.names import is_well_formed
 from holdfast.schemas.refs import Ref, parse_ref
 from holdfast.streams.committer import Committer, Settled
@@ -45,6 +46,7 @@ class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
     originator: str | None = None
     source_id: str | None = None
     traceparent: str | None = None
+    attributes: dict[str, Any] | None = None
 
 
 class EventLog:
@@ -87,13 +89,8 @@ def encode_event(event: NewEvent) -> Outgoing:
             field="traceparent",
             hint="leave it out",
         )
-    data = None
-    if event.data is not None:
-        if isinstance(event.data, bytes | bytearray | memoryview):
-            raise InvalidFieldError("data is bytes, not JSON", field="data", hint="put bytes as a context instead")
-        raw = encode_json(event.data, field="data")
-        check_nesting(raw, field="data")
-        data = msgspec.Raw(raw)
+    if isinstance(event.data, bytes | bytearray | memoryview):
+        raise InvalidFieldError("data is bytes, not JSON", field="data", hint="put bytes as a context instead")
     at_ms = event.timestamp_ms
     body = EventBody(
         timestamp=None if at_ms is None or timestamps_agree(event.id, at_ms) else iso_from_ms(at_ms),
@@ -106,7 +103,8 @@ def encode_event(event: NewEvent) -> Outgoing:
         client_id=event.client_id,
         originator=event.originator,
         context_ref=event.context_ref,
-        data=data,
+        data=_raw_json(event.data, "data"),
+        attributes=_raw_json(event.attributes, ATTRIBUTES),
         source_id=event.source_id,
     )
     payload = msgspec.json.encode(body)
@@ -121,6 +119,14 @@ def encode_event(event: NewEvent) -> Outgoing:
     if event.traceparent is not None:
         headers[H_TRACEPARENT] = event.traceparent
     return Outgoing(event_subject(event.namespace, event.agent_id, event.name), headers, payload)
+
+
+def _raw_json(value: Any, field: str) -> msgspec.Raw | None:
+    if value is None:
+        return None
+    raw = encode_json(value, field=field)
+    check_nesting(raw, field=field)
+    return msgspec.Raw(raw)
 
 
 def check_id_text(value: object, field: str) -> str:
