@@ -14,7 +14,16 @@ from typing import Final
 
 from rich.console import Console
 
-from benchmarks import bench_archive, bench_keys, bench_lake, bench_resolve, bench_resolver, bench_traces, bench_write
+from benchmarks import (
+    bench_archive,
+    bench_keys,
+    bench_lake,
+    bench_lineage,
+    bench_resolve,
+    bench_resolver,
+    bench_traces,
+    bench_write,
+)
 from benchmarks.bench import Bench
 from benchmarks.measure import Budget
 from benchmarks.records import Conditions, Record, conditions, default_path, write_records
@@ -33,6 +42,7 @@ FILES: Final[tuple[tuple[tuple[str, ...], Callable[[Bench], Awaitable[None]]], .
     (bench_resolve.FIGURES, bench_resolve.run),
     (bench_resolver.FIGURES, bench_resolver.run),
     (bench_keys.FIGURES, bench_keys.run),
+    (bench_lineage.FIGURES, bench_lineage.run),
     (bench_lake.FIGURES, bench_lake.run),
     (bench_archive.FIGURES, bench_archive.run),
     (bench_traces.FIGURES, bench_traces.run),
