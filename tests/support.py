@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -36,6 +37,13 @@ STORE_FAILED: Final = 10049
 def examples(count: int) -> settings:
     """As many examples of a property; twenty times as many in the profile ``thorough``."""
     return settings(max_examples=count * (20 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1))
+
+
+def stable_id(value: object) -> str:
+    """Names a case by its value: the same in every process, so that several can share the tests out."""
+    # Sets have no order of their own, and the order of text in them is another in each process.
+    text = re.sub(r"\{'[^:}]*\}", "{set}", repr(value))
+    return re.sub(r" at 0x[0-9a-f]+", "", text)[:40]
 
 
 class OwnServer:

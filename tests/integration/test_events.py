@@ -16,6 +16,7 @@ from holdfast.streams.events import NewEvent
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import EVENTS_STREAM
+from tests.support import stable_id
 
 if TYPE_CHECKING:
     from holdfast.schemas.rows import EventRow
@@ -170,7 +171,7 @@ async def test_any_name_reaches_the_stream_and_comes_back(hf: Holdfast, connecti
         ({"context": object()}, InvalidFieldError, "body"),
         ({"context": {}, "context_kind": "a b"}, InvalidNameError, "kind"),
     ],
-    ids=lambda value: repr(value)[:40],
+    ids=stable_id,
 )
 async def test_what_may_not_be_sent_is_refused_by_name(
     hf: Holdfast, connection: Connection, arguments: dict[str, Any], error: type[HoldfastError], field: str

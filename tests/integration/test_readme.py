@@ -75,3 +75,10 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
         if "://" not in link and not link.startswith("mailto:") and not (page.parent / link).exists()
     ]
     assert broken == []
+
+
+@pytest.mark.parametrize("name", ["lineage"])
+async def test_the_example_of_a_page_runs(name: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    [example] = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert await _lines_printed(example, tmp_path) == []

@@ -27,7 +27,7 @@ from holdfast.schemas.bodies import (
 )
 from holdfast.schemas.errors import HoldfastError, InvalidBodyError, InvalidFieldError, TooLargeError
 from holdfast.schemas.refs import JSON
-from tests.support import examples
+from tests.support import examples, stable_id
 
 SCALARS = (
     st.none()
@@ -107,7 +107,7 @@ class Plain:
         ([Colour.RED, Decimal("1.50"), datetime(2026, 1, 1, tzinfo=UTC)], b'["red","1.50","2026-01-01T00:00:00Z"]'),
         ({"k": "\u2028 ü \U0001d11e \x00"}, '{"k":"\u2028 ü \U0001d11e \\u0000"}'.encode()),
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=stable_id,
 )
 def test_json_has_one_form(body: Any, raw: bytes) -> None:
     assert encode_body(body) == (raw, JSON)
@@ -138,7 +138,7 @@ def test_json_has_one_form(body: Any, raw: bytes) -> None:
         {"k": {"\udc00": None}},
         lambda: None,
     ],
-    ids=lambda value: repr(value)[:30],
+    ids=stable_id,
 )
 def test_what_json_has_no_form_for_is_refused(body: Any) -> None:
     with pytest.raises(InvalidBodyError) as caught:

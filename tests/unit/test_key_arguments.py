@@ -20,7 +20,7 @@ from holdfast.client.key_arguments import (
 )
 from holdfast.schemas import limits
 from holdfast.schemas.errors import InvalidFieldError, InvalidNameError, TooLargeError
-from tests.support import examples
+from tests.support import examples, stable_id
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ from tests.support import examples
         (["x" * limits.ID_CHARS], ("x" * limits.ID_CHARS,)),
         ([str(n) for n in range(limits.TAGS)] * 2, tuple(str(n) for n in range(limits.TAGS))),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_E34_tags_are_kept_in_order_each_once(tags: Any, expected: tuple[str, ...]) -> None:
     assert check_tags(tags) == expected
