@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the suite out; each has a server of its own.
+TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 SEED ?= 1
 STEPS ?= 100000
@@ -25,7 +27,7 @@ demo: $(VENV)/.stamp-all  ## three small agents publish, hand on references, arc
 
 test: $(VENV)/.stamp-dev  ## the whole test suite, against a real nats-server that it starts itself
 	@echo "make test: unit, property, integration and fault tests"
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 check: lint types imports  ## ruff, mypy strict, pyright strict, import contracts
 

@@ -46,6 +46,7 @@ async def _lines_printed(example: str, data: Path) -> list[str]:
 PRINTED = (
     ["0 planner plan:made {'steps': 3}", "book a flight 24 hot", "1 planner plan:checked {'ok': True}"],
     ["101 102 {'legs': [], 'to': 'Oslo'}"],
+    ["topic:given", "  draft:made", "  topic:given:result", "[True]"],
 )
 
 

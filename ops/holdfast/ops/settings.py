@@ -31,6 +31,8 @@ ARCHIVE_INTERVAL_S: Final = 5.0
 """An idle trickle reaches the lake in seconds; below this, commits are many and files tiny."""
 ARCHIVE_ROWS: Final = 50_000
 """A full batch is archived at once: some seconds of full load, some tens of MB in memory."""
+HANDLER_BYTES: Final = 1_073_741_824
+"""Some million events: a handler that is away for a day or so of them finds them where it left off."""
 COMPACT_INTERVAL_S: Final = 300.0
 """Sixty archive cycles: few enough small files that a query over the newest does not feel them."""
 DRAIN_TIMEOUT_S: Final = 10.0
@@ -86,6 +88,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     archive_rows: Annotated[
         int, Meta(ge=1, le=1_000_000, description="rows that make a batch full", examples=[50_000])
     ] = ARCHIVE_ROWS
+    handler_bytes: Annotated[
+        int, Meta(ge=0, description="most bytes of the event log kept for handlers that are behind", examples=[10**9])
+    ] = HANDLER_BYTES
     compact_interval_s: Annotated[Period, Meta(description="time between two compactions", examples=[300])] = (
         COMPACT_INTERVAL_S
     )

@@ -17,7 +17,7 @@ CONFIG_VARIABLE: Final = "HOLDFAST_CONFIG"
 ENV_PREFIX: Final = "HOLDFAST_"
 
 # HOLDFAST_ names that are not settings: where settings are, failpoints, tracebacks, keys of encryption (the SDK reads
-# them, and they are nothing to show), and those of the test suite.
+# them, and they are nothing to show), the directory of checkpoints (the SDK reads it), and those of the test suite.
 _RESERVED: Final = (
     CONFIG_VARIABLE,
     "HOLDFAST_FAILPOINTS",
@@ -25,6 +25,7 @@ _RESERVED: Final = (
     "HOLDFAST_TRACES",
     "HOLDFAST_KEYS",
     "HOLDFAST_KEYS_FILE",
+    "HOLDFAST_CHECKPOINTS",
 )
 _TEST_PREFIX: Final = "HOLDFAST_TEST_"
 

@@ -74,6 +74,7 @@ def worker_settings(settings: Settings, role: str, *, accept_lost_streams: bool 
         hot_window_s=settings.hot_window_s,
         archive_interval_s=settings.archive_interval_s,
         archive_rows=settings.archive_rows,
+        handler_bytes=settings.handler_bytes,
         compact_interval_s=settings.compact_interval_s,
         accept_lost_streams=accept_lost_streams,
     )

@@ -14,6 +14,7 @@
     │   ├── DepthLimitError       an event would stand too deep in its lineage: a loop of handlers, most likely
     │   ├── TooLargeError         over a stated limit
     │   ├── NotFoundError         nothing is stored under that name
+    │   ├── HandlerError          a handler gave the event up: see its dead letter, mend the handler or the event
     │   └── VersionConflictError  a named context has another version than the one expected: read it and decide anew
     ├── ConfigurationError    mend the set-up: settings, server, streams, data directory
     │   ├── DriftError            a stream on the server differs from its declaration
@@ -181,6 +182,30 @@ class DepthLimitError(InputError):
     ) -> None:
         super().__init__(message, hint=hint, field=field, limit=limit)
         self.depth = depth
+
+
+class HandlerError(InputError):
+    """A handler gave up the event that it was to work on; the event is kept as a dead letter.
+
+    ``handler`` names it; ``cause`` is the code of the error that it ended with.
+    """
+
+    code = "handler_failed"
+    details: ClassVar[tuple[str, ...]] = ("handler", "cause")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        handler: str = "",
+        cause: str = "",
+        hint: str | None = None,
+        field: str | None = None,
+        limit: int | str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, field=field, limit=limit)
+        self.handler = handler
+        self.cause = cause
 
 
 class ConfigurationError(HoldfastError):

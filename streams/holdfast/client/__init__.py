@@ -13,6 +13,8 @@ The base install is enough for it; nothing of the lake is imported.
 from holdfast.client import lineage
 from holdfast.client.context_client import ContextClient
 from holdfast.client.context_functions import get_context, store_context, update_context
+from holdfast.client.conversations import Conversation, ConversationTracker, Message
+from holdfast.client.event_contexts import EventContextManager, get_context_manager
 from holdfast.client.model import Context, Event, Resolved, Tier
 from holdfast.client.pipelines import (
     ContextReference,
@@ -21,6 +23,7 @@ from holdfast.client.pipelines import (
     get_context_registry,
     get_step_result_manager,
 )
+from holdfast.client.receipts import Inputs, Use
 from holdfast.client.session_manager import ContextManager
 from holdfast.client.session_model import SessionEvent
 from holdfast.client.session_settings import SessionSettings
@@ -32,6 +35,7 @@ from holdfast.schemas.errors import (
     DigestMismatchError,
     EncryptionKeyError,
     GapError,
+    HandlerError,
     HoldfastError,
     InputError,
     IntegrityError,
@@ -57,20 +61,26 @@ __all__ = [
     "ContextManager",
     "ContextReference",
     "ContextRegistry",
+    "Conversation",
+    "ConversationTracker",
     "DepthLimitError",
     "DigestMismatchError",
     "EncryptionKeyError",
     "Event",
+    "EventContextManager",
     "EventId",
     "GapError",
+    "HandlerError",
     "Holdfast",
     "HoldfastError",
     "InputError",
+    "Inputs",
     "IntegrityError",
     "InvalidBodyError",
     "InvalidFieldError",
     "InvalidNameError",
     "InvalidRefError",
+    "Message",
     "NotFoundError",
     "Ref",
     "Resolved",
@@ -82,9 +92,11 @@ __all__ = [
     "TooLargeError",
     "UnavailableError",
     "UnknownOutcomeError",
+    "Use",
     "VersionConflictError",
     "connect",
     "get_context",
+    "get_context_manager",
     "get_context_registry",
     "get_step_result_manager",
     "lineage",

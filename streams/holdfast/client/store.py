@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
 from typing import Any, Final
 
 import msgspec
 
 from holdfast.client.cold import ResolverClient, cold_chunks
+from holdfast.client.conversations import Conversation, Conversations, ConversationTracker
 from holdfast.client.emitting import Named, event_of, minted, moment_ms, place_event
 from holdfast.client.encryption import seal_contexts
+from holdfast.client.event_reader import EventReader
 from holdfast.client.growing import GrowingBodies
+from holdfast.client.handlers import Handlers
 from holdfast.client.key_cold import RemoteColdKeys
 from holdfast.client.key_ring import KeyRing
 from holdfast.client.keys import Keys
@@ -21,10 +24,13 @@ from holdfast.client.lineage import note_emission
 from holdfast.client.lineage import scope as current_scope
 from holdfast.client.model import Context, Event, Resolved
 from holdfast.client.near_cache import DEFAULT_BYTES, NearCache
+from holdfast.client.optimizations import Optimizations
+from holdfast.client.orchestrations import Orchestrations
 from holdfast.client.reading import BodyReader
+from holdfast.client.receipts import Inputs, Receipts, Use
 from holdfast.schemas.bodies import Body, encode_body
 from holdfast.schemas.errors import HoldfastError, InvalidRefError, NotFoundError
-from holdfast.schemas.ids import now_ms, utc_from_ms
+from holdfast.schemas.ids import now_ms
 from holdfast.schemas.names import check_agent, check_kind, check_namespace
 from holdfast.schemas.refs import Digest, Ref, parse_ref
 from holdfast.schemas.rows import ContextRow
@@ -39,7 +45,6 @@ from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import HOT_STREAM
 
 DEFAULT_KIND: Final = "context"
-_PAGE: Final = 500
 
 
 @asynccontextmanager
@@ -75,7 +80,7 @@ async def connect(
             await client.close()
 
 
-class Holdfast:
+class Holdfast(EventReader):
     """A client of one namespace.  Made by :func:`connect`; safe to use from many tasks of one event loop.
 
     Writes return once the server has acknowledged them as durable.  A write that raises UnknownOutcomeError may have
@@ -111,6 +116,16 @@ class Holdfast:
             clock=ServerClock(connection),
             ring=self.key_ring,
         )
+        self.handlers = Handlers(self)
+        # With their own signatures, which a type checker then knows.
+        self.on = self.handlers.on
+        self.ready = self.handlers.ready
+        self.request = self.handlers.request
+        self.receipts = Receipts(self)
+        self.conversations = Conversations(self)
+        self.conversation_tracker = ConversationTracker(self)
+        self.orchestrations = Orchestrations(self)
+        self.optimizations = Optimizations(self)
 
     async def put(
         self,
@@ -242,6 +257,8 @@ class Holdfast:
             event = msgspec.structs.replace(event, context_ref=ref)
         if event_id is None:
             event = minted(event, scope)
+        if self.handlers.pending:
+            await self.handlers.ready()  # what this client emits is not to be missed by its own handlers
         await self._events.publish_many([event])
         if ref is not None and scope is not None and scope.reads is not None:
             if size is None:
@@ -260,48 +277,40 @@ class Holdfast:
         """Stores prepared contexts, which may differ in kind; the near cache is passed by.  For importers."""
         return [put.ref for put in await self._hot.put_many(contexts)]
 
-    async def query(
-        self,
-        *,
-        session: str | None = None,
-        agent: str | None = None,
-        correlation: str | None = None,
-        event_id: str | None = None,
-        kind: str | None = None,
-        name: str | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        limit: int | None = None,
-    ) -> AsyncIterator[Event]:
-        """Yields the events that fit every condition given, hot and cold, in the order they were stored.
+    def conversation(self, session: str) -> Conversation:
+        """Returns the conversation of a session: its messages in order, read when they are asked for."""
+        return self.conversations.open(session)
 
-        ``since`` (inclusive) and ``until`` (exclusive) are times of storing.  ``limit`` bounds their number; without
-        it all are yielded, a page at a time.  Raises UnavailableError when no resolver answers.
+    async def fork(self, session: str, *, at: Event | str, name: str | None = None) -> Conversation:
+        """Makes a session that shares everything up to an event of another one, and goes its own way from there.
+
+        Nothing is copied.  ``name``: that of the new session; None makes one.  Errors as of :class:`Conversations`.
         """
-        conditions: dict[str, Any] = {
-            "session_id": session,
-            "agent_id": agent,
-            "correlation_id": correlation,
-            "event_id": event_id,
-            "kind": kind,
-            "name": name,
-            "since": None if since is None else _iso(since, "since"),
-            "until": None if until is None else _iso(until, "until"),
-        }
-        request = {field: value for field, value in conditions.items() if value is not None}
-        left = limit
-        while left is None or left > 0:
-            answer = await self._resolver.call(
-                "query", request | {"limit": _PAGE if left is None else min(left, _PAGE)}
-            )
-            for item in answer["events"]:
-                yield msgspec.convert(item, Event)
-            if left is not None:
-                left -= len(answer["events"])
-            # A page may be cut short by its size, so only an empty one is the end.
-            if not answer["events"]:
-                return
-            request["cursor"] = answer["cursor"]
+        return await self.conversations.fork(session, at=at, name=name)
+
+    def working_on(
+        self, event: Event | Mapping[str, Any], *, track: bool = True
+    ) -> AbstractAsyncContextManager[dict[str, Any]]:
+        """Works on an event while the block lasts, as a handler does: its receipt is written at the end.
+
+        See :meth:`holdfast.client.receipts.Receipts.working_on`.
+        """
+        return self.receipts.working_on(event, track=track)
+
+    async def used_by(self, ref: str) -> list[Use]:
+        """Returns in which events a context was read, and what was made of it, oldest first."""
+        return await self.receipts.used_by(ref)
+
+    async def inputs_of(self, event_or_ref: Event | str) -> Inputs:
+        """Returns what was read in working on an event, or before a context was made."""
+        return await self.receipts.inputs_of(event_or_ref)
+
+    async def call_resolver(self, endpoint: str, request: object) -> dict[str, Any]:
+        """Calls an endpoint of the resolver with a JSON request and returns its answer.
+
+        Raises what the resolver refused with, UnavailableError when none answers.
+        """
+        return await self._resolver.call(endpoint, request)
 
     async def stats(self) -> dict[str, Any]:
         """Returns what the tiers hold, as the resolver's ``stats`` endpoint says it."""
@@ -312,22 +321,23 @@ class Holdfast:
         return await self._resolver.call("health", {})
 
     async def close(self) -> None:
-        """Waits until every write that was handed in has its outcome."""
+        """Ends the handlers, then waits until every write that was handed in has its outcome."""
+        await self.handlers.close()
         await self.keys.close()
         await self._hot.close()
         await self._events.close()
 
     async def _put(self, contexts: list[NewContext], encrypt: bool) -> list[Ref]:
-        refs = await self._store(contexts, encrypt)
+        if encrypt:
+            contexts = await asyncio.to_thread(seal_contexts, self.key_ring, contexts)
+        refs = await self._store(contexts)
         scope = current_scope()
         if scope is not None and scope.reads is not None:
             for ref, context in zip(refs, contexts, strict=True):
                 scope.reads.produced(ref, len(context.body))
         return refs
 
-    async def _store(self, contexts: list[NewContext], encrypt: bool = False) -> list[Ref]:
-        if encrypt:
-            contexts = await asyncio.to_thread(seal_contexts, self.key_ring, contexts)
+    async def _store(self, contexts: list[NewContext]) -> list[Ref]:
         puts = await self._hot.put_many(contexts)
         now = now_ms()
         for context, put in zip(contexts, puts, strict=True):
@@ -409,10 +419,6 @@ def _row_of(context: NewContext, ref: Ref, stored_at_ms: int) -> ContextRow:
 
 def _is_expired(row: ContextRow, at_ms: int) -> bool:
     return row.expires_at_ms is not None and row.expires_at_ms <= at_ms
-
-
-def _iso(moment: datetime, field: str) -> str:
-    return utc_from_ms(moment_ms(moment, field)).astimezone(UTC).isoformat()
 
 
 __all__ = ["DEFAULT_KIND", "Holdfast", "connect"]

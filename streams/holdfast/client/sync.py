@@ -16,24 +16,31 @@ background loop keeps.  Where an event loop runs, these methods block it: use :f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Concatenate, Final, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar, Unpack, overload
 
+from holdfast.client import lineage
 from holdfast.client.background import ClientShare
+from holdfast.client.conversations import Conversation, ConversationTracker, Message
 from holdfast.client.keys import Keys
+from holdfast.client.receipts import begin_work
 from holdfast.client.store import Holdfast
 from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas.limits import QUERY_LIMIT_DEFAULT
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from holdfast.client.event_reader import Conditions, EventPage
     from holdfast.client.key_model import KeyVersion
-    from holdfast.client.model import Context
+    from holdfast.client.model import Context, Event
     from holdfast.client.watch import KeyWatch
     from holdfast.streams.connection_target import ConnectionTarget
 
 A = TypeVar("A")
+A_co = TypeVar("A_co", covariant=True)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -41,22 +48,18 @@ _PAGE: Final = 256
 """Most items that an iterator takes from the background loop at once; it begins with one and doubles."""
 
 
-class _Blocking(Generic[A]):
+class _Blocking(Generic[A_co]):
     """An object that lives on the background loop, and whose coroutines are called from anywhere else."""
 
-    def __init__(self, share: ClientShare, pick: Callable[[Holdfast], A]) -> None:
+    def __init__(self, share: ClientShare, pick: Callable[[Holdfast], A_co]) -> None:
         self._share = share
         self._pick = pick
 
-    def _call(self, use: Callable[[A], Awaitable[T]]) -> T:
+    def _call(self, use: Callable[[A_co], Awaitable[T]]) -> T:
         return self._share.call(lambda hf: use(self._pick(hf)))
 
-    def _iterate(self, begin: Callable[[A], AsyncIterator[T]]) -> Iterator[T]:
-        # Begun where it is used: what belongs to the loop is made on it.
-        async def start(target: A) -> AsyncIterator[T]:
-            return begin(target)
-
-        iterator = self._call(start)
+    def _iterate(self, begin: Callable[[A_co], AsyncIterator[T]]) -> Iterator[T]:
+        iterator = self._call(partial(_begun, begin))
         size = 1
         try:
             while True:
@@ -190,6 +193,50 @@ class SyncKeyWatch:
         await self._watch.close()
 
 
+class SyncConversationTracker(_Blocking[ConversationTracker]):
+    """What is in sessions, as :class:`holdfast.client.conversations.ConversationTracker`, by calls that block."""
+
+    add_context_to_session = _blocking(ConversationTracker.add_context_to_session)
+    get_session_context_chain = _blocking(ConversationTracker.get_session_context_chain)
+    get_agent_conversation_summary = _blocking(ConversationTracker.get_agent_conversation_summary)
+
+
+class SyncMessage(_Blocking[Message]):
+    """A message of a conversation, as :class:`holdfast.client.conversations.Message`, by calls that block."""
+
+    def __init__(self, share: ClientShare, message: Message) -> None:
+        super().__init__(share, lambda _: message)
+        self.event = message.event
+        self.ref = message.ref
+        self.kind = message.kind
+
+    context = _blocking(Message.context)
+    body = _blocking(Message.body)
+    role = _blocking(Message.role)
+
+
+class SyncConversation(_Blocking[Conversation]):
+    """A session as messages, as :class:`holdfast.client.conversations.Conversation`, by calls that block."""
+
+    def __init__(self, share: ClientShare, session: str) -> None:
+        super().__init__(share, lambda hf: hf.conversation(session))
+        self.session_id = session
+
+    def __iter__(self) -> Iterator[SyncMessage]:
+        for message in self._iterate(aiter):
+            yield SyncMessage(self._share, message)
+
+    def messages(self) -> list[SyncMessage]:
+        """Returns all messages with their contexts resolved, in batches."""
+        return [SyncMessage(self._share, message) for message in self._call(lambda target: target.messages())]
+
+    events = _iterating(Conversation.events)
+    refs = _blocking(Conversation.refs)
+    count = _blocking(Conversation.count)
+    find = _blocking(Conversation.find)
+    forked_from = _blocking(Conversation.forked_from)
+
+
 class SyncHoldfast(_Blocking[Holdfast]):
     """A client of one namespace, as :class:`holdfast.client.Holdfast`, by calls that block.
 
@@ -201,6 +248,7 @@ class SyncHoldfast(_Blocking[Holdfast]):
         self.namespace = share.namespace
         self.agent = share.agent
         self.keys = SyncKeys(share, lambda hf: hf.keys)
+        self.conversation_tracker = SyncConversationTracker(share, lambda hf: hf.conversation_tracker)
 
     put = _blocking(Holdfast.put)
     put_many = _blocking(Holdfast.put_many)
@@ -209,7 +257,87 @@ class SyncHoldfast(_Blocking[Holdfast]):
     emit = _blocking(Holdfast.emit)
     stats = _blocking(Holdfast.stats)
     health = _blocking(Holdfast.health)
-    query = _iterating(Holdfast.query)
+    chain = _blocking(Holdfast.chain)
+    tree = _blocking(Holdfast.tree)
+    descendants = _blocking(Holdfast.descendants)
+    used_by = _blocking(Holdfast.used_by)
+    inputs_of = _blocking(Holdfast.inputs_of)
+    call_resolver = _blocking(Holdfast.call_resolver)
+
+    @overload
+    def query(
+        self, *, limit: int | None = None, fields: None = None, **conditions: Unpack[Conditions]
+    ) -> Iterator[Event]: ...
+
+    @overload
+    def query(
+        self, *, limit: int | None = None, fields: Sequence[str], **conditions: Unpack[Conditions]
+    ) -> Iterator[dict[str, Any]]: ...
+
+    def query(
+        self, *, limit: int | None = None, fields: Sequence[str] | None = None, **conditions: Unpack[Conditions]
+    ) -> Iterator[Event] | Iterator[dict[str, Any]]:
+        """Yields the events that fit the conditions given, as :meth:`holdfast.client.Holdfast.query`."""
+        if fields is None:
+            return self._iterate(lambda hf: hf.query(limit=limit, **conditions))
+        return self._iterate(lambda hf: hf.query(limit=limit, fields=fields, **conditions))
+
+    @overload
+    def query_page(
+        self,
+        *,
+        limit: int = QUERY_LIMIT_DEFAULT,
+        cursor: str | None = None,
+        fields: None = None,
+        **conditions: Unpack[Conditions],
+    ) -> EventPage[Event]: ...
+
+    @overload
+    def query_page(
+        self,
+        *,
+        limit: int = QUERY_LIMIT_DEFAULT,
+        cursor: str | None = None,
+        fields: Sequence[str],
+        **conditions: Unpack[Conditions],
+    ) -> EventPage[dict[str, Any]]: ...
+
+    def query_page(
+        self,
+        *,
+        limit: int = QUERY_LIMIT_DEFAULT,
+        cursor: str | None = None,
+        fields: Sequence[str] | None = None,
+        **conditions: Unpack[Conditions],
+    ) -> EventPage[Event] | EventPage[dict[str, Any]]:
+        """Returns the next events after a cursor, as :meth:`holdfast.client.Holdfast.query_page`."""
+        if fields is None:
+            return self._call(lambda hf: hf.query_page(limit=limit, cursor=cursor, **conditions))
+        return self._call(lambda hf: hf.query_page(limit=limit, cursor=cursor, fields=fields, **conditions))
+
+    def request(self, name: str, data: Any = None, **options: Any) -> Event:
+        """Emits an event and returns the result of its handler, as :meth:`holdfast.client.handlers.Handlers.request`."""
+        return self._call(lambda hf: hf.request(name, data, **options))
+
+    def conversation(self, session: str) -> SyncConversation:
+        """Returns the conversation of a session; nothing is read."""
+        return SyncConversation(self._share, session)
+
+    def fork(self, session: str, *, at: Event | str, name: str | None = None) -> SyncConversation:
+        """Forks a session at an event, as :meth:`holdfast.client.Holdfast.fork`."""
+        forked = self._call(lambda hf: hf.fork(session, at=at, name=name))
+        return SyncConversation(self._share, forked.session_id)
+
+    @contextmanager
+    def working_on(self, event: Event | Mapping[str, Any], *, track: bool = True) -> Generator[dict[str, Any]]:
+        """Works on an event while the block lasts, as :meth:`holdfast.client.Holdfast.working_on`."""
+        # Calls made here run on the background loop under the lineage of the caller.
+        context, recorder = begin_work(event, self.agent, track=track)
+        with lineage.enter(context, reads=recorder):
+            yield dict(context)
+        if recorder is not None:
+            record = recorder.record()
+            self._call(lambda hf: hf.receipts.write(context, record))
 
     def close(self) -> None:
         """Gives the connection back; when this was its last user, returns when every write has its outcome."""
@@ -237,6 +365,11 @@ def connect(
     return client
 
 
+async def _begun(begin: Callable[[A], AsyncIterator[T]], target: A) -> AsyncIterator[T]:
+    # Begun where it is used: what belongs to the loop is made on it.
+    return begin(target)
+
+
 async def _nothing(_: object) -> None:
     pass
 
@@ -255,4 +388,12 @@ async def _close(iterator: AsyncIterator[object], _: object) -> None:
         await iterator.aclose()
 
 
-__all__ = ["SyncHoldfast", "SyncKeyWatch", "SyncKeys", "connect"]
+__all__ = [
+    "SyncConversation",
+    "SyncConversationTracker",
+    "SyncHoldfast",
+    "SyncKeyWatch",
+    "SyncKeys",
+    "SyncMessage",
+    "connect",
+]

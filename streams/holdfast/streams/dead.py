@@ -17,6 +17,7 @@ from holdfast.streams.wire import (
     DEAD_STREAM,
     H_CODE,
     H_EXPECT_SUBJECT_SEQ,
+    H_HANDLER,
     H_ORIGIN_HEADERS,
     H_ORIGIN_SUBJECT,
     H_ORIGIN_TIME,
@@ -36,8 +37,18 @@ _HEADER_CHARS: Final = 1_000
 """Longest reason kept: headers count against the payload limit."""
 
 
+class FailedHandler(msgspec.Struct, frozen=True):
+    """The handler that gave an event up: its name, and the consumer by which it can be told to take it again."""
+
+    name: str
+    consumer: str
+
+
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A message that could not be processed.  ``payload`` is the message as it came."""
+    """A message that could not be processed.  ``payload`` is the message as it came.
+
+    ``handler``: the one that gave it up; None when it could not be taken for what its stream holds.
+    """
 
     stream: str
     epoch: str
@@ -49,12 +60,21 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     died_at_ms: int
     headers: dict[str, str]
     payload: bytes
+    handler: FailedHandler | None = None
 
 
-async def bury(connection: Connection, stream: str, message: StoredMessage, error: HoldfastError) -> bool:
+async def bury(
+    connection: Connection,
+    stream: str,
+    message: StoredMessage,
+    error: HoldfastError,
+    *,
+    handler: FailedHandler | None = None,
+) -> bool:
     """Stores a message as a dead letter, durably; returns False when it was there already.
 
-    One origin has one subject, created once: however often it is met again, there is one letter.
+    One origin has one subject, created once: however often it is met again, there is one letter.  One that handlers
+    gave up has one for each of them.
     """
     headers = {
         H_EXPECT_SUBJECT_SEQ: "0",
@@ -64,8 +84,11 @@ async def bury(connection: Connection, stream: str, message: StoredMessage, erro
         H_ORIGIN_TIME: str(message.stored_at_ms),
         H_ORIGIN_HEADERS: _headers_json(message.headers),
     }
+    if handler is not None:
+        headers[H_HANDLER] = _escaped(handler.name[:_HEADER_CHARS])
     token = namespace_token(message.subject)
-    subject = dead_subject(token, stream, message.epoch, message.seq)
+    consumer = None if handler is None else handler.consumer
+    subject = dead_subject(token, stream, message.epoch, message.seq, consumer)
     letter = Outgoing(subject, headers, message.payload)
     if letter.size > connection.client.max_payload:
         # A message at the server's limit leaves no room for the reason: its second half goes before it.
@@ -110,12 +133,16 @@ async def read_dead_letters(connection: Connection, *, after_seq: int = 0) -> As
 
 
 def _letter(message: StoredMessage, rest: bytes) -> DeadLetter | None:
-    # ctx.<ns>.dead.<stream>.<epoch>.<seq>: anybody may publish there, so what is no letter of ours is passed over.
+    # ctx.<ns>.dead.<stream>.<epoch>.<seq>[.<handler>]: anybody may publish there, so what is no letter of ours is
+    # passed over.
     tokens = message.subject.split(".")
+    headers = message.headers
+    handler = None
+    if len(tokens) == 7 and H_HANDLER in headers:
+        handler = FailedHandler(_unescaped(headers[H_HANDLER]), tokens.pop())
     seq = _number(tokens[5]) if len(tokens) == 6 else None
     if seq is None:
         return None
-    headers = message.headers
     try:
         origin_headers = msgspec.json.decode(headers.get(H_ORIGIN_HEADERS, "{}"), type=dict[str, str])
     except msgspec.DecodeError:
@@ -131,6 +158,7 @@ def _letter(message: StoredMessage, rest: bytes) -> DeadLetter | None:
         died_at_ms=message.stored_at_ms,
         headers=origin_headers,
         payload=message.payload + rest,
+        handler=handler,
     )
 
 

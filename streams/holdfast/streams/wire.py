@@ -9,6 +9,9 @@ CTX_EVENTS    ``ctx.<ns>.event.<agent>.<name…>``         one event
 CTX_DEAD      ``ctx.<ns>.dead.<stream>.<epoch>.<seq>``   one message that could not be processed
 ============  =========================================  =============================================
 
+A letter of a handler has the handler's consumer as a seventh token: one event may fail in several of them.  Results
+that a client waits for are told on ``ctx.<ns>.reply.<client>``, which no stream keeps.
+
 ``<ns>``, ``<agent>`` and each segment of a name are tokens of :mod:`holdfast.schemas.names`.
 """
 
@@ -66,6 +69,7 @@ H_CODE: Final = "Hf-Code"
 H_ORIGIN_SUBJECT: Final = "Hf-Origin-Subject"
 H_ORIGIN_TIME: Final = "Hf-Origin-Time"
 H_ORIGIN_HEADERS: Final = "Hf-Origin-Headers"
+H_HANDLER: Final = "Hf-Handler"
 
 # Headers of the server's (ADR-8, ADR-31, ADR-50 of nats-architecture-and-design).
 H_MSG_ID: Final = "Nats-Msg-Id"
@@ -115,12 +119,43 @@ def message_id(namespace: str, identity: str) -> str:
     return f"{encode_token(namespace)}.{identity}"
 
 
-def dead_subject(namespace_token: str, stream: str, epoch: str, seq: int) -> str:
+def event_filter(namespace: str, pattern: str) -> str:
+    """Returns the wildcard subject of the events whose names fit a pattern.
+
+    Segments are parted by colons: an inner ``*`` stands for one segment, a trailing one for one or more, ``*`` alone
+    for every name.  Raises InvalidNameError for a pattern that may not be.
+    """
+    tokens = [_filter_token(segment, pattern) for segment in check_event_name(pattern).split(":")]
+    if tokens[-1] == "*":
+        tokens[-1] = ">"
+    return f"ctx.{encode_token(check_namespace(namespace))}.event.*.{'.'.join(tokens)}"
+
+
+def _filter_token(segment: str, pattern: str) -> str:
+    if segment == "*":
+        return segment
+    if "*" in segment or segment == ">":
+        raise InvalidNameError(
+            f"pattern {pattern[:80]!r} has the segment {segment[:40]!r}",
+            field="pattern",
+            hint="a star stands for a whole segment: 'agent:*', '*:status' or '*'",
+        )
+    return encode_token(segment)
+
+
+def reply_subject(namespace: str, client_id: str) -> str:
+    """Returns the subject on which a waiting client is told of results."""
+    return f"ctx.{encode_token(check_namespace(namespace))}.reply.{encode_token(client_id)}"
+
+
+def dead_subject(namespace_token: str, stream: str, epoch: str, seq: int, handler: str | None = None) -> str:
     """Returns the subject of a dead letter: one for each origin, so that it is written once at most.
 
-    ``namespace_token`` as :func:`namespace_token` gives it.
+    ``namespace_token`` as :func:`namespace_token` gives it.  ``handler`` is the consumer of the handler that failed:
+    one origin has a letter for each of those.
     """
-    return f"ctx.{namespace_token}.dead.{stream}.{epoch}.{seq}"
+    subject = f"ctx.{namespace_token}.dead.{stream}.{epoch}.{seq}"
+    return subject if handler is None else f"{subject}.{handler}"
 
 
 def service_subject(namespace: str, endpoint: str) -> str:

@@ -1,4 +1,4 @@
-"""Events by session, agent, correlation, kind, name or time, a page at a time.
+"""Events by session, agent, correlation, root, parent, reference, kind, name or time, a page at a time.
 
 The order is that of storing: (``stored_at``, epoch, sequence), oldest first.  It never changes and new events come
 last, so a cursor neither skips nor repeats an event whatever is stored meanwhile, and a reader at the end can ask
@@ -15,12 +15,17 @@ import msgspec
 
 from holdfast.schemas.errors import InvalidFieldError
 from holdfast.schemas.limits import QUERY_LIMIT_DEFAULT, QUERY_LIMIT_MAX
-from holdfast.schemas.refs import Ref
+from holdfast.schemas.lineage import RECEIPT
+from holdfast.schemas.refs import Ref, parse_ref
 from holdfast.schemas.rows import EventRow
 
 
 class EventFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which events: all given fields must match.  ``kind`` is that of the event's context."""
+    """Which events: all given fields must match.  ``kind`` is that of the event's context.
+
+    Receipts (events named ``holdfast:receipt``) are left out, unless ``receipts`` is set, or ``name`` or ``event_id``
+    asks for them.
+    """
 
     namespace: str | None = None
     session_id: str | None = None
@@ -29,6 +34,11 @@ class EventFilter(msgspec.Struct, frozen=True, kw_only=True):
     event_id: str | None = None
     kind: str | None = None
     name: str | None = None
+    root_event_id: str | None = None
+    parent_event_id: str | None = None
+    context_ref: str | None = None
+    originator: str | None = None
+    receipts: bool = False
 
 
 class EventPage(msgspec.Struct, frozen=True):
@@ -38,7 +48,9 @@ class EventPage(msgspec.Struct, frozen=True):
     cursor: str | None
 
 
-class _Place(msgspec.Struct, frozen=True, array_like=True):
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """Where an event stands in the order of storing."""
+
     stored_at_ms: int
     epoch: str
     seq: int
@@ -48,17 +60,22 @@ class _Sql(Protocol):
     def execute(self, query: Any, parameters: Any = ..., /) -> Any: ...
 
 
-_PLACE: Final = msgspec.json.Decoder(_Place)
+_PLACE: Final = msgspec.json.Decoder(Place)
 _MAX_MS: Final = 253_402_300_799_999
-_TEXT_FILTERS: Final = ("namespace", "session_id", "agent_id", "correlation_id", "name")
+_TEXT_FILTERS: Final = ("namespace", "session_id", "agent_id", "correlation_id", "name", "context_ref", "originator")
+_ID_FILTERS: Final = ("event_id", "root_event_id", "parent_event_id")
 _DIGEST_CHARS: Final = 32
 
-_SELECT: Final = """
-SELECT namespace, CAST(event_id AS VARCHAR), name, agent_id, epoch_ms(stored_at), epoch, stream_seq,
+_COLUMNS: Final = """namespace, CAST(event_id AS VARCHAR), name, agent_id, epoch_ms(stored_at), epoch, stream_seq,
     epoch_ms("timestamp"), session_id, correlation_id, CAST(parent_event_id AS VARCHAR),
-    CAST(root_event_id AS VARCHAR), event_depth, client_id, originator, context_ref, data, extra, source_id, traceparent
-FROM events
-"""
+    CAST(root_event_id AS VARCHAR), event_depth, client_id, originator, context_ref, {data}, {extra}, source_id,
+    traceparent"""
+
+SELECT_EVENTS: Final = f"SELECT {_COLUMNS.format(data='data', extra='extra')}\nFROM events\n"
+"""Selects what :func:`event_of_row` makes an event of; conditions and the like are to follow."""
+
+SELECT_PLACES: Final = f"SELECT {_COLUMNS.format(data='NULL', extra='NULL')}\nFROM events\n"
+"""The same without the JSON of the events, which is most of their bytes."""
 
 
 def query_events(
@@ -69,12 +86,14 @@ def query_events(
     until_ms: int | None = None,
     limit: int = QUERY_LIMIT_DEFAULT,
     cursor: str | None = None,
+    json: bool = True,
 ) -> EventPage:
-    """Returns the next events that match, oldest first.
+    """Returns the next events that match, oldest first; without ``json`` their ``data`` and ``extra`` are left out.
 
     ``connection`` is one of :func:`holdfast.lake.connect`, or any DuckDB connection that has the views.  Times are
     those of storing: ``since_ms`` inclusive, ``until_ms`` exclusive.  Raises InvalidFieldError for a value that can
-    match nothing by its form: a limit out of range, a cursor not of ours, an event id that is no UUID.
+    match nothing by its form: a limit out of range, a cursor not of ours, an event id that is no UUID; InvalidRefError
+    for a ``context_ref`` that is no reference.
     """
     if not 1 <= limit <= QUERY_LIMIT_MAX:
         raise InvalidFieldError(
@@ -88,19 +107,19 @@ def query_events(
         conditions.append("stored_at < make_timestamp_ms(?)")
         values.append(_check_time(until_ms, "until"))
     if cursor is not None:
-        place = _decode_cursor(cursor)
+        place = decode_cursor(cursor)
         # The first condition says less than the second, but can be pushed into the files.
         conditions.append("stored_at >= make_timestamp_ms(?)")
         conditions.append("(stored_at, epoch, stream_seq) > (make_timestamp_ms(?), ?, ?)")
         values += [place.stored_at_ms, place.stored_at_ms, place.epoch, place.seq]
-    sql = _SELECT
+    sql = SELECT_EVENTS if json else SELECT_PLACES
     if conditions:
         sql += f"WHERE {' AND '.join(conditions)}\n"
     sql += "ORDER BY stored_at, epoch, stream_seq LIMIT ?"
     rows = connection.execute(sql, [*values, limit]).fetchall()
-    events = [_event(row) for row in rows]
+    events = [event_of_row(row) for row in rows]
     last = events[-1] if events else None
-    return EventPage(events, cursor if last is None else _encode_cursor(last))
+    return EventPage(events, cursor if last is None else encode_cursor(last))
 
 
 def _conditions(where: EventFilter) -> tuple[list[str], list[object]]:
@@ -111,9 +130,16 @@ def _conditions(where: EventFilter) -> tuple[list[str], list[object]]:
         if value is not None:
             conditions.append(f"{field} = ?")
             values.append(value)
-    if where.event_id is not None:
-        conditions.append("event_id = CAST(? AS UUID)")
-        values.append(_check_uuid(where.event_id))
+    for field in _ID_FILTERS:
+        value = getattr(where, field)
+        if value is not None:
+            conditions.append(f"{field} = CAST(? AS UUID)")
+            values.append(check_uuid(value, field))
+    if where.context_ref is not None:
+        parse_ref(where.context_ref)
+    if not where.receipts and where.name is None and where.event_id is None:
+        conditions.append("name <> ?")
+        values.append(RECEIPT)
     if where.kind is not None:
         # A digest has no underscore and a fixed length, so prefix and length pin the kind.
         prefix = f"ctx_{where.kind}_"
@@ -122,12 +148,13 @@ def _conditions(where: EventFilter) -> tuple[list[str], list[object]]:
     return conditions, values
 
 
-def _check_uuid(text: str) -> str:
+def check_uuid(text: str, field: str = "event_id") -> str:
+    """Returns a UUID in its usual form; raises InvalidFieldError naming the field when it is none."""
     try:
         return str(uuid.UUID(text))
     except ValueError as error:
         raise InvalidFieldError(
-            f"event id {text[:80]!r} is not a UUID", field="event_id", hint="give the id that emit returned"
+            f"event id {text[:80]!r} is not a UUID", field=field, hint="give the id that emit returned"
         ) from error
 
 
@@ -137,12 +164,14 @@ def _check_time(at_ms: int, field: str) -> int:
     return at_ms
 
 
-def _encode_cursor(last: EventRow) -> str:
-    raw = msgspec.json.encode(_Place(last.stored_at_ms, last.epoch, last.seq))
+def encode_cursor(last: EventRow) -> str:
+    """Returns the cursor that goes on after an event, in the order of storing."""
+    raw = msgspec.json.encode(Place(last.stored_at_ms, last.epoch, last.seq))
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def _decode_cursor(cursor: str) -> _Place:
+def decode_cursor(cursor: str) -> Place:
+    """Returns the place of a cursor of :func:`encode_cursor`; raises InvalidFieldError when it is not one of ours."""
     try:
         raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         place = _PLACE.decode(raw)
@@ -155,7 +184,8 @@ def _decode_cursor(cursor: str) -> _Place:
     )
 
 
-def _event(row: tuple[Any, ...]) -> EventRow:
+def event_of_row(row: tuple[Any, ...]) -> EventRow:
+    """Returns the event of a row of :data:`SELECT_EVENTS`."""
     data, extra, context_ref = row[16], row[17], row[15]
     return EventRow(
         namespace=row[0],

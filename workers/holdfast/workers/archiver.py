@@ -357,6 +357,7 @@ class Archiver:
             anchors=anchors,
             older_than_s=older_than_s,
             most_messages=most_messages,
+            handler_bytes=self._settings.handler_bytes,
         )
         return purged
 

@@ -14,6 +14,7 @@ from holdfast.streams.pull import read_one
 from holdfast.streams.topology import StreamInfo, first_seq_since, purge_below, stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
 from holdfast.workers.archive_plan import identity_of, plan_purge
+from holdfast.workers.handler_floors import hold_back
 
 if TYPE_CHECKING:
     from holdfast.schemas.rows import Anchor, Position, Table
@@ -68,9 +69,11 @@ async def purge_archived(
     anchors: Sequence[Anchor],
     older_than_s: float,
     most_messages: int | None = None,
+    handler_bytes: int = 0,
 ) -> tuple[int, StreamInfo]:
     """Purges what is archived and old, or over the count; returns how many messages went and the stream's state after.
 
+    Of the event log, up to ``handler_bytes`` are kept longer for consumers that have not come to them yet.
     ``watermark`` must be durable, and not older than ``anchors``.  Raises DivergedError, purging nothing, when the
     stream is not what was archived.
     """
@@ -90,6 +93,10 @@ async def purge_archived(
     if below is None:
         return 0, info
     await check_anchors(connection, table, info, anchors)
+    if table == "events":
+        below = await hold_back(connection, info, below, most_bytes=handler_bytes)
+        if below <= info.first_seq:
+            return 0, info
     failpoint("archiver.before_purge")
     await purge_below(connection, stream, below)
     failpoint("archiver.after_purge")

@@ -10,6 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from holdfast.client.model import Tier
+from holdfast.lake.lineage import LIMIT_DEFAULT
+from holdfast.lake.scan import EventFilter, query_events
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import TEXT, check_content_type, check_json, check_size, encode_body
 from holdfast.schemas.errors import InvalidFieldError
@@ -19,6 +21,10 @@ from holdfast.schemas.refs import JSON
 from holdfast.streams.hot import NewContext
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from holdfast.lake.duck import Connection as LakeConnection
+    from holdfast.lake.scan import EventPage
     from holdfast.schemas.rows import ContextRow, EventRow
 
 _Id = Annotated[str, Meta(min_length=1, max_length=limits.ID_CHARS)]
@@ -26,6 +32,16 @@ _Id = Annotated[str, Meta(min_length=1, max_length=limits.ID_CHARS)]
 FIELDS: Final = (
     "ref", "kind", "body", "body_text", "body_base64", "size", "created_at", "tier", "content_type", "expires_at",
 )  # fmt: skip
+"""What an answer tells of a context."""
+
+EVENT_FIELDS: Final = (
+    "event_id", "name", "namespace", "agent_id", "timestamp", "stored_at", "session_id", "correlation_id",
+    "parent_event_id", "root_event_id", "event_depth", "client_id", "originator", "context_ref", "data", "extra",
+    "source_id", "traceparent",
+)  # fmt: skip
+"""What an answer tells of an event."""
+
+_JSON_FIELDS: Final = frozenset({"data", "extra"})
 
 
 class ResolveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +71,11 @@ class PutRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class QueryRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Asks for events; all conditions given must hold.  Times are of storing: ISO 8601 or milliseconds since 1970."""
+    """Asks for events; all conditions given must hold.  Times are of storing: ISO 8601 or milliseconds since 1970.
+
+    ``fields`` limits what is told of each event to these of :data:`EVENT_FIELDS`.  Receipts are left out unless
+    ``receipts`` is set, or ``name`` or ``event_id`` asks for them.
+    """
 
     session_id: _Id | None = None
     agent_id: Annotated[str, Meta(min_length=1, max_length=limits.NAME_BYTES)] | None = None
@@ -67,6 +87,27 @@ class QueryRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     until: str | int | None = None
     limit: Annotated[int, Meta(ge=1, le=limits.QUERY_LIMIT_MAX)] = limits.QUERY_LIMIT_DEFAULT
     cursor: Annotated[str, Meta(max_length=1_000)] | None = None
+    root_event_id: _Id | None = None
+    parent_event_id: _Id | None = None
+    context_ref: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    originator: _Id | None = None
+    receipts: bool = False
+    fields: list[str] | None = None
+
+
+class ChainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Asks for an event's ancestors and itself."""
+
+    event_id: _Id
+    cursor: Annotated[str, Meta(max_length=1_000)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=limits.QUERY_LIMIT_MAX)] = LIMIT_DEFAULT
+    fields: list[str] | None = None
+
+
+class TreeRequest(ChainRequest, frozen=True, forbid_unknown_fields=True):
+    """Asks for the events below an event."""
+
+    receipts: bool = False
 
 
 class ContextReply(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -147,17 +188,22 @@ def choose_fields(reply: ContextReply, fields: list[str] | None) -> object:
     return {name: value for name in fields if (value := getattr(reply, name)) is not msgspec.UNSET}
 
 
-def check_fields(fields: list[str] | None) -> None:
+def check_fields(fields: list[str] | None, choices: tuple[str, ...] = FIELDS) -> None:
     """Raises InvalidFieldError when a field is asked for that an answer does not have."""
     for name in fields or ():
-        if name not in FIELDS:
+        if name not in choices:
             raise InvalidFieldError(
-                f"there is no field {name[:40]!r}", field="fields", hint=f"choose from {', '.join(FIELDS)}"
+                f"there is no field {name[:40]!r}", field="fields", hint=f"choose from {', '.join(choices)}"
             )
 
 
-def event_reply(row: EventRow) -> dict[str, Any]:
-    """Returns an event as the answer of a query holds it; absent members are left out."""
+def needs_json(fields: list[str] | None) -> bool:
+    """Whether an answer with these fields of events holds any of their JSON."""
+    return fields is None or not _JSON_FIELDS.isdisjoint(fields)
+
+
+def event_reply(row: EventRow, fields: list[str] | None = None) -> dict[str, Any]:
+    """Returns an event, or these fields of it, as the answer of a query holds it; absent members are left out."""
     members: dict[str, Any] = {
         "event_id": row.id,
         "name": row.name,
@@ -176,8 +222,60 @@ def event_reply(row: EventRow) -> dict[str, Any]:
         "data": None if row.data is None else msgspec.Raw(row.data),
         "extra": None if row.extra is None else msgspec.Raw(row.extra),
         "source_id": row.source_id,
+        "traceparent": row.traceparent,
     }
-    return {name: value for name, value in members.items() if value is not None}
+    return {name: members[name] for name in fields or EVENT_FIELDS if members[name] is not None}
+
+
+def query_of(namespace: str, request: QueryRequest) -> Callable[[LakeConnection], EventPage]:
+    """Returns what runs a query; raises InvalidFieldError for a time that is none."""
+    where = EventFilter(
+        namespace=namespace,
+        session_id=request.session_id,
+        agent_id=request.agent_id,
+        correlation_id=request.correlation_id,
+        event_id=_known_id(namespace, request.event_id),
+        kind=request.kind,
+        name=request.name,
+        root_event_id=_known_id(namespace, request.root_event_id),
+        parent_event_id=_known_id(namespace, request.parent_event_id),
+        context_ref=request.context_ref,
+        originator=request.originator,
+        receipts=request.receipts,
+    )
+    since = None if request.since is None else time_ms(request.since, "since")
+    until = None if request.until is None else time_ms(request.until, "until")
+    return lambda lake: query_events(
+        lake,
+        where,
+        since_ms=since,
+        until_ms=until,
+        limit=request.limit,
+        cursor=request.cursor,
+        json=needs_json(request.fields),
+    )
+
+
+def _known_id(namespace: str, given: str | None) -> str | None:
+    return None if given is None else event_id_of(namespace, given)
+
+
+class EventsReply:
+    """Events of an answer, as many as it has room for."""
+
+    def __init__(self, rows: Sequence[EventRow], fields: list[str] | None) -> None:
+        self.items: list[msgspec.Raw] = []
+        self.last: EventRow | None = None
+        size = 0
+        for row in rows:
+            encoded = msgspec.json.encode(event_reply(row, fields))
+            size += len(encoded) + 1
+            # The first one always goes: an answer without progress would be asked for again for ever.
+            if size > limits.REPLY_BYTES and self.items:
+                break
+            self.items.append(msgspec.Raw(encoded))
+            self.last = row
+        self.is_whole = len(self.items) == len(rows)
 
 
 def _expiry(moment: datetime | None) -> int | None:

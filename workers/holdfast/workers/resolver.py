@@ -9,32 +9,29 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from holdfast.client.cold import FetchEnd, FetchRequest
-from holdfast.lake.duck import Connection as LakeConnection
 from holdfast.lake.duck import connect
-from holdfast.lake.scan import EventFilter, EventPage, query_events
+from holdfast.lake.scan import encode_cursor
 from holdfast.schemas import limits
-from holdfast.schemas.errors import HoldfastError, NotFoundError, RetryError, TooLargeError
+from holdfast.schemas.errors import HoldfastError, NotFoundError, TooLargeError
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.refs import Digest, Ref, is_digest, parse_ref
 from holdfast.streams.codec import reseal
-from holdfast.streams.consumer import ack_floor
-from holdfast.streams.decode import decode_event
-from holdfast.streams.pull import read_one
 from holdfast.streams.service import Call, EndpointCounters, ErrorBody, Handler, decode_request, serve
 from holdfast.streams.tail import open_tail
 from holdfast.streams.topology import stream_info
-from holdfast.streams.wire import EVENTS_STREAM, H_CREATED, H_DIGEST, H_END, KEYS_STREAM
+from holdfast.streams.wire import H_CREATED, H_DIGEST, H_END, KEYS_STREAM
 from holdfast.workers.contexts import ColdReader, ContextReader, Found
-from holdfast.workers.ingester import CONSUMER as INGESTER
+from holdfast.workers.interning import InlineContexts
 from holdfast.workers.key_reader import ColdKeys
 from holdfast.workers.requests import (
+    EVENT_FIELDS,
+    EventsReply,
     PutRequest,
     QueryRequest,
     ResolveBatchRequest,
@@ -43,17 +40,20 @@ from holdfast.workers.requests import (
     choose_fields,
     context_of_put,
     context_reply,
-    event_id_of,
-    event_reply,
-    time_ms,
+    query_of,
 )
+from holdfast.workers.resolver_conversations import ConversationEndpoints
 from holdfast.workers.resolver_keys import KeyEndpoints
-from holdfast.workers.state import collect_health, collect_stats
+from holdfast.workers.resolver_lineage import LineageEndpoints
+from holdfast.workers.resolver_receipts import ReceiptEndpoints
+from holdfast.workers.resolver_snapshots import SnapshotEndpoints
+from holdfast.workers.resolver_warm import WarmEndpoints
+from holdfast.workers.sql_runner import SqlRunner
+from holdfast.workers.state import collect_health, collect_stats, count_live
 
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
     from holdfast.lake.lake import Lake
-    from holdfast.schemas.rows import EventRow
     from holdfast.streams.connection import Connection
     from holdfast.streams.hot import HotTier
 
@@ -80,16 +80,23 @@ _EMPTY: Final = msgspec.json.Decoder(dict[str, Any])
 class Resolver:
     """The endpoints of the service.  Made by :func:`run_resolver`."""
 
-    def __init__(self, connection: Connection, hot: HotTier, lake: Lake, cold: ColdReader, sql: LakeConnection) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        hot: HotTier,
+        lake: Lake,
+        cold: ColdReader,
+        sql: SqlRunner,
+        inline: InlineContexts,
+    ) -> None:
         self._connection = connection
         self._hot = hot
         self._lake = lake
         self._cold = cold
         self._sql = sql
+        self._inline = inline
         self._contexts = ContextReader(hot, cold)
         self._heavy = asyncio.Semaphore(_HEAVY)
-        # DuckDB uses its own threads; one query at a time keeps its memory bounded.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="holdfast-query")
 
     def endpoints(self) -> dict[str, tuple[str, Handler]]:
         """Returns every endpoint: name → (subject, handler)."""
@@ -184,46 +191,18 @@ class Resolver:
         on after the last event; null when there was none.
         """
         request: QueryRequest = decode_request(call.data, _QUERY)
-        where = EventFilter(
-            namespace=call.namespace,
-            session_id=request.session_id,
-            agent_id=request.agent_id,
-            correlation_id=request.correlation_id,
-            event_id=None if request.event_id is None else event_id_of(call.namespace, request.event_id),
-            kind=request.kind,
-            name=request.name,
-        )
-        since = None if request.since is None else time_ms(request.since, "since")
-        until = None if request.until is None else time_ms(request.until, "until")
-
-        def run() -> EventPage:
-            return query_events(
-                self._sql, where, since_ms=since, until_ms=until, limit=request.limit, cursor=request.cursor
-            )
-
-        page = await asyncio.get_running_loop().run_in_executor(self._executor, run)
-        await self._intern_ahead(page.events)
-        events: list[msgspec.Raw] = []
-        size = 0
-        for row in page.events:
-            encoded = msgspec.json.encode(event_reply(row))
-            size += len(encoded) + 1
-            if size > limits.REPLY_BYTES and events:
-                # A shorter page than asked for, with a cursor that goes on from its end.
-                page = await asyncio.get_running_loop().run_in_executor(
-                    self._executor,
-                    lambda: query_events(
-                        self._sql, where, since_ms=since, until_ms=until, limit=len(events), cursor=request.cursor
-                    ),
-                )
-                break
-            events.append(msgspec.Raw(encoded))
-        await call.reply(msgspec.json.encode({"events": events, "cursor": page.cursor}))
+        check_fields(request.fields, EVENT_FIELDS)
+        page = await self._sql.run(query_of(call.namespace, request))
+        await self._inline.intern_ahead(page.events)
+        reply = EventsReply(page.events, request.fields)
+        # A shorter page than asked for goes on from its own end.
+        cursor = page.cursor if reply.last is None else encode_cursor(reply.last)
+        await call.reply(msgspec.json.encode({"events": reply.items, "cursor": cursor}))
 
     async def stats(self, call: Call) -> None:
         """What each tier holds, and the watermarks between them."""
         _ = decode_request(call.data, _EMPTY)
-        answer = await collect_stats(self._connection, self._lake, self._live_keys)
+        answer = await collect_stats(self._connection, self._lake, lambda: self._sql.run(count_live))
         await call.reply(msgspec.json.encode(answer))
 
     async def health(self, call: Call) -> None:
@@ -265,51 +244,6 @@ class Resolver:
         async with self._heavy if len(digests) > 1 else nullcontext():
             return await self._contexts.get_many(namespace, digests, max_bytes=limits.REPLY_BYTES)
 
-    async def close(self) -> None:
-        """Waits for the query under way."""
-        await asyncio.to_thread(self._executor.shutdown)
-
-    async def _live_keys(self) -> int:
-        def count() -> int:
-            rows = self._sql.execute(
-                "SELECT count(*) FROM (SELECT arg_max(op, version) AS op FROM key_versions GROUP BY namespace, key) "
-                "WHERE op NOT IN ('delete', 'expire')"
-            ).fetchall()
-            return int(rows[0][0])
-
-        return await asyncio.get_running_loop().run_in_executor(self._executor, count)
-
-    async def _intern_ahead(self, events: list[EventRow]) -> None:
-        """Stores the inline contexts of events that the ingester has not come to yet.
-
-        Only an event that is still in the stream can be one; what is archived was interned before.
-        """
-        newest = max((row.seq for row in events if row.context_ref is not None), default=0)
-        if newest == 0 or newest <= await self._ingested():
-            return
-        info = await stream_info(self._connection, EVENTS_STREAM)
-        for row in events:
-            if row.context_ref is None or row.epoch != info.epoch or row.seq < info.first_seq:
-                continue
-            message = await read_one(self._connection, info, row.seq)
-            inline = None if message is None else decode_event(message).inline
-            if inline is not None:
-                try:
-                    await self._hot.put_many([inline])
-                except RetryError:
-                    raise
-                except HoldfastError as error:
-                    # The archiver makes a dead letter of it; the other events are good.
-                    logger.warning(
-                        "not interned", extra={"action": "intern_refused", "seq": row.seq, "error": str(error)}
-                    )
-
-    async def _ingested(self) -> int:
-        try:
-            return await ack_floor(self._connection, EVENTS_STREAM, INGESTER)
-        except HoldfastError:
-            return 0  # no ingester has ever run: look at every event
-
 
 @asynccontextmanager
 async def run_resolver(
@@ -321,26 +255,36 @@ async def run_resolver(
     """
     async with AsyncExitStack() as stack:
         tail = await asyncio.to_thread(open_tail, connection.target)
-        sql = await asyncio.to_thread(
+        picture = await asyncio.to_thread(
             lambda: connect(lake.path, tail=tail, index=index, live=("events", "key_versions"))
         )
-        stack.push_async_callback(asyncio.to_thread, sql.close)
+        stack.push_async_callback(asyncio.to_thread, picture.close)
+        sql = SqlRunner(picture)
+        stack.push_async_callback(sql.close)
         cold = ColdReader(lake, index)
         stack.push_async_callback(cold.close)
-        resolver = Resolver(connection, hot, lake, cold, sql)
-        stack.push_async_callback(resolver.close)
+        inline = InlineContexts(connection, hot)
+        resolver = Resolver(connection, hot, lake, cold, sql, inline)
         cold_keys = ColdKeys(lake, index)
         stack.push_async_callback(cold_keys.close)
         info = await stream_info(connection, KEYS_STREAM)
         keys = KeyEndpoints(connection, hot, ContextReader(hot, cold), cold_keys, replicas=info.replicas)
         stack.push_async_callback(keys.close)
+        snapshots = SnapshotEndpoints(connection, ContextReader(hot, cold), sql, inline)
+        stack.push_async_callback(snapshots.close)
         counters = await stack.enter_async_context(
             serve(
                 connection,
                 name=SERVICE,
                 version="1.0.0",
                 description="Resolves contexts, keeps named ones and queries events of Holdfast",
-                endpoints=resolver.endpoints() | keys.endpoints(),
+                endpoints=resolver.endpoints()
+                | keys.endpoints()
+                | LineageEndpoints(sql, inline).endpoints()
+                | ReceiptEndpoints(sql).endpoints()
+                | ConversationEndpoints(sql, inline).endpoints()
+                | snapshots.endpoints()
+                | WarmEndpoints(lake, index, sql).endpoints(),
             )
         )
         yield counters

@@ -45,6 +45,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     duplicate_window_s: float = 600.0
     """For how long the server refuses a repeated event id; nothing younger is purged from the event log."""
 
+    handler_bytes: int = 1024**3
+    """Most bytes of the event log kept beyond their time for handlers, and ingesters, that have not come to them: a
+    day or so of a busy system.  A handler left behind further reads what it missed from the lake."""
+
     replicas: int = 1
     """Copies of each stream in a cluster."""
 

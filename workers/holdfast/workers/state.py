@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from holdfast.schemas.errors import HoldfastError
+from holdfast.schemas.ids import iso_from_ms
 from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import TABLES, Position, Table
 from holdfast.streams.topology import StreamInfo, stream_info
@@ -16,6 +17,7 @@ from holdfast.streams.wire import DEAD_STREAM, STREAM_OF_TABLE
 from holdfast.workers.control import archiver_status
 
 if TYPE_CHECKING:
+    from holdfast.lake.duck import Connection as LakeConnection
     from holdfast.lake.lake import Lake
     from holdfast.streams.connection import Connection
 
@@ -23,8 +25,39 @@ LAG_MESSAGES: Final = 200_000
 """A backlog over this is a problem to be told: four full commits."""
 
 
-async def collect_stats(connection: Connection, lake: Lake, live_keys: Callable[[], Awaitable[int]]) -> dict[str, Any]:
-    """Returns ``{"hot", "events", "keys", "lake", "watermarks", "dead"}``; each count exact when asked for."""
+class LiveCounts(msgspec.Struct, frozen=True):
+    """What hot and archived rows together say, each counted once.  Times are of storing; None without events."""
+
+    live_keys: int
+    events: int
+    agents: int
+    correlations: int
+    sessions: int
+    oldest_event_ms: int | None
+    newest_event_ms: int | None
+
+
+def count_live(lake: LakeConnection) -> LiveCounts:
+    """Returns the counts over the views: a scan of the columns that are counted, none of bodies or data."""
+    row = lake.execute(
+        """SELECT (
+            SELECT count(*) FROM (SELECT arg_max(op, version) AS op FROM key_versions GROUP BY namespace, key)
+            WHERE op NOT IN ('delete', 'expire')
+        ), count(*), count(DISTINCT agent_id), count(DISTINCT correlation_id), count(DISTINCT session_id),
+            epoch_ms(min(stored_at)), epoch_ms(max(stored_at))
+        FROM events"""
+    ).fetchone()
+    return LiveCounts(*row)
+
+
+async def collect_stats(
+    connection: Connection, lake: Lake, counts: Callable[[], Awaitable[LiveCounts]]
+) -> dict[str, Any]:
+    """Returns ``{"hot", "contexts", "events", "keys", "lake", "watermarks", "dead"}``.
+
+    Each count is exact when asked for, of all namespaces.  ``hot`` and ``lake`` say what each tier holds, and much is
+    in both; ``contexts`` counts once: ``archived``, and ``unarchived`` messages, of which a large body has several.
+    """
     infos: dict[Table, StreamInfo] = {
         table: await stream_info(connection, stream) for table, stream in STREAM_OF_TABLE.items()
     }
@@ -32,10 +65,25 @@ async def collect_stats(connection: Connection, lake: Lake, live_keys: Callable[
     await asyncio.to_thread(lake.refresh)
     marks = await asyncio.to_thread(lambda: {table: lake.watermark(table) for table in TABLES})
     tables = await asyncio.to_thread(lambda: {table: lake.statistics(table) for table in TABLES})
+    live = await counts()
+    unarchived = _lag(infos["contexts"], marks["contexts"])
     return {
         "hot": {"contexts": infos["contexts"].messages, "bytes": infos["contexts"].bytes},
-        "events": {"unarchived": _lag(infos["events"], marks["events"])},
-        "keys": {"live": await live_keys()},
+        "contexts": {
+            "total": tables["contexts"].contexts + unarchived,
+            "archived": tables["contexts"].contexts,
+            "unarchived": unarchived,
+        },
+        "events": {
+            "total": live.events,
+            "unarchived": _lag(infos["events"], marks["events"]),
+            "agents": live.agents,
+            "correlations": live.correlations,
+            "sessions": live.sessions,
+            "oldest_event": None if live.oldest_event_ms is None else iso_from_ms(live.oldest_event_ms),
+            "newest_event": None if live.newest_event_ms is None else iso_from_ms(live.newest_event_ms),
+        },
+        "keys": {"live": live.live_keys},
         "lake": {
             "contexts": tables["contexts"].contexts,
             "events": tables["events"].rows,

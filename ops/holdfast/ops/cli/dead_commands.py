@@ -1,4 +1,4 @@
-"""``holdfast dead``: messages that could not be processed."""
+"""``holdfast dead``: messages that could not be processed, and events that handlers gave up."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import typer
 
 from holdfast.ops.cli import output
 from holdfast.ops.cli.invocation import Invocation, command
-from holdfast.schemas.errors import NotFoundError
+from holdfast.schemas.errors import InvalidFieldError, NotFoundError
 from holdfast.schemas.ids import iso_from_ms
 
 if TYPE_CHECKING:
+    from holdfast.streams.connection import Connection
     from holdfast.streams.dead import DeadLetter
 
 _BEFORE: Final = 64
@@ -31,6 +32,9 @@ def register(app: typer.Typer) -> None:
     command(
         group, "show", examples=("holdfast dead show 17", "holdfast dead show 17 --raw > message", "holdfast dead")
     )(show)
+    command(group, "replay", examples=("holdfast dead replay 17", "holdfast dead replay 17 --json", "holdfast dead"))(
+        replay
+    )
     app.add_typer(group, name="dead")
 
 
@@ -49,7 +53,7 @@ async def list_dead(invocation: Invocation) -> None:
                 output.write_json(letter_json(seq, letter))
             else:
                 rows.append(
-                    (seq, letter.stream, letter.seq, letter.code, letter.reason, iso_from_ms(letter.died_at_ms))
+                    (seq, _origin(letter), letter.seq, letter.code, letter.reason, iso_from_ms(letter.died_at_ms))
                 )
     if invocation.json:
         return
@@ -66,27 +70,63 @@ async def show(
 ) -> None:
     """Show one dead letter with the message as it came."""
     from holdfast.ops.system import open_system
-    from holdfast.streams.dead import read_dead_letters
 
-    letter = None
-    async with (
-        open_system(invocation.loaded) as system,
-        system.open_connection() as connection,
-        # From a little before: the second half of a letter that was cut in two stands before it.
-        aclosing(read_dead_letters(connection, after_seq=max(0, seq - _BEFORE))) as letters,
-    ):
-        async for found, candidate in letters:
-            if found >= seq:
-                letter = candidate if found == seq else None
-                break
-    if letter is None:
-        raise NotFoundError(f"there is no dead letter {seq}", field="seq", hint="list them with 'holdfast dead'")
+    async with open_system(invocation.loaded) as system, system.open_connection() as connection:
+        letter = await _find(connection, seq)
     if raw:
         output.write_bytes(letter.payload)
     elif invocation.json:
         output.write_json({**letter_json(seq, letter), "headers": letter.headers, **_payload(letter.payload)})
     else:
         _write_letter(seq, letter)
+
+
+async def replay(
+    invocation: Invocation,
+    seq: Annotated[int, typer.Argument(min=1, help="Its sequence, as 'holdfast dead' lists it.")],
+) -> None:
+    """Hand an event to the handler that gave it up once more.
+
+    That handler alone is handed it, as if for the first time; when none of its name runs, it waits for one.  The letter
+    stays.
+    """
+    from holdfast.client.handler_control import redelivery_of
+    from holdfast.ops.system import open_system
+    from holdfast.streams.events import EventLog
+
+    async with open_system(invocation.loaded) as system, system.open_connection() as connection:
+        letter = await _find(connection, seq)
+        event = redelivery_of(letter)
+        if event is None or letter.handler is None:
+            raise InvalidFieldError(
+                f"dead letter {seq} is not an event that a handler gave up: there is nobody to hand it to",
+                field="seq",
+                hint=f"write its bytes with 'holdfast dead show {seq} --raw', mend them and publish them again",
+            )
+        log = EventLog(connection)
+        await log.publish_many([event])
+        await log.close()
+    if invocation.json:
+        output.write_json({"seq": seq, "handler": letter.handler.name, "namespace": event.namespace})
+    else:
+        output.remark(f"handed to the handler {letter.handler.name} again")
+
+
+async def _find(connection: Connection, seq: int) -> DeadLetter:
+    from holdfast.streams.dead import read_dead_letters
+
+    # From a little before: the second half of a letter that was cut in two stands before it.
+    async with aclosing(read_dead_letters(connection, after_seq=max(0, seq - _BEFORE))) as letters:
+        async for found, letter in letters:
+            if found == seq:
+                return letter
+            if found > seq:
+                break
+    raise NotFoundError(f"there is no dead letter {seq}", field="seq", hint="list them with 'holdfast dead'")
+
+
+def _origin(letter: DeadLetter) -> str:
+    return letter.stream if letter.handler is None else f"handler {letter.handler.name}"
 
 
 def letter_json(seq: int, letter: DeadLetter) -> dict[str, Any]:
@@ -102,6 +142,7 @@ def letter_json(seq: int, letter: DeadLetter) -> dict[str, Any]:
         "stored_at": iso_from_ms(letter.stored_at_ms),
         "died_at": iso_from_ms(letter.died_at_ms),
         "size": len(letter.payload),
+        **({} if letter.handler is None else {"handler": letter.handler.name}),
     }
 
 

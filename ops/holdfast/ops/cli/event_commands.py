@@ -19,6 +19,7 @@ from holdfast.workers.settings import WorkerName
 
 if TYPE_CHECKING:
     from holdfast.client import Event, Holdfast
+    from holdfast.client.event_reader import Conditions, EventReader
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +40,8 @@ def register(app: typer.Typer) -> None:
             "holdfast query --session s1",
             "holdfast query --agent planner --since 15m --limit 100 --json",
             "holdfast query --kind plan --since 2026-01-31T09:30:00Z",
+            "holdfast query --correlation c-17 --limit 10 --fields name,timestamp,context_ref",
+            "holdfast query --root 0198c3a1-… --limit 100 --cursor WzE3…",
         ),
     )(query)
 
@@ -128,13 +131,25 @@ async def query(
         str | None, typer.Option("--since", help="Stored at or after: ISO 8601, or 15m for that long ago.")
     ] = None,
     until: Annotated[str | None, typer.Option("--until", help="Stored before.")] = None,
+    root: Annotated[str | None, typer.Option("--root", help="Of the tree that this event begins.")] = None,
+    parent: Annotated[str | None, typer.Option("--parent", help="Directly below this event.")] = None,
+    ref: Annotated[str | None, typer.Option("--ref", help="With this context.")] = None,
+    originator: Annotated[
+        str | None, typer.Option("--originator", help="Whose results are meant for this one.")
+    ] = None,
+    receipts: Annotated[bool, typer.Option("--receipts", help="Lineage receipts too.")] = False,
+    fields: Annotated[str | None, typer.Option("--fields", help="These members alone, divided by commas.")] = None,
     limit: Annotated[int, typer.Option("--limit", "-l", min=1, help="Most events.")] = limits.QUERY_LIMIT_DEFAULT,
+    cursor: Annotated[str | None, typer.Option("--cursor", help="Go on after the page that ended with it.")] = None,
 ) -> int:
-    """List events that fit every condition given, hot and archived alike, in the order they were stored."""
+    """List events that fit every condition given, hot and archived alike, in the order they were stored.
+
+    When the limit ends the list, the cursor that goes on is told on stderr.
+    """
     from holdfast.ops.system import open_system
 
     now = datetime.now(UTC)
-    conditions: dict[str, Any] = {
+    conditions: Conditions = {
         "session": session,
         "agent": agent,
         "correlation": correlation,
@@ -143,18 +158,57 @@ async def query(
         "name": name,
         "since": None if since is None else parse_moment(since, "since", now),
         "until": None if until is None else parse_moment(until, "until", now),
+        "root": root,
+        "parent": parent,
+        "ref": ref,
+        "originator": originator,
+        "receipts": receipts,
     }
+    chosen = None if fields is None else [field.strip() for field in fields.split(",")]
     loaded = invocation.loaded
     rows: list[tuple[object, ...]] = []
-    async with open_system(loaded, ("resolver",)) as system, system.connect(loaded.settings.namespace) as hf:
-        async for found in hf.query(limit=limit, **conditions):
-            if invocation.json:
-                output.write_json(event_json(found))
+    left = limit
+    async with open_system(loaded, ("resolver",)) as system, system.connect(loaded.settings.namespace) as client:
+        hf = reader_of(client)
+        while left:
+            asked = min(left, limits.QUERY_LIMIT_MAX)
+            if chosen is not None:
+                # A list of some members is for programs and for people alike: JSON, or a table of these columns.
+                some = await hf.query_page(limit=asked, cursor=cursor, fields=chosen, **conditions)
+                if invocation.json:
+                    for members in some.events:
+                        output.write_json(members)
+                else:
+                    rows += [tuple(members.get(field) for field in chosen) for members in some.events]
+                found, cursor = len(some.events), some.cursor
             else:
-                rows.append(_table_row(found))
+                page = await hf.query_page(limit=asked, cursor=cursor, **conditions)
+                if invocation.json:
+                    for each in page.events:
+                        output.write_json(event_json(each))
+                else:
+                    rows += [_table_row(each) for each in page.events]
+                found, cursor = len(page.events), page.cursor
+            left -= found
+            if not found:
+                break
     if not invocation.json:
-        output.write_table(("time", "event", "agent", "session", "context", "id"), rows)
+        output.write_table(chosen or ("time", "event", "agent", "session", "context", "id"), rows)
+    if not left and cursor is not None:
+        output.remark(f"there may be more: --cursor {cursor}")
     return exit_codes.OK
+
+
+def reader_of(client: Holdfast) -> EventReader:
+    """Returns what reads the events of a client's namespace."""
+    from holdfast.client.event_reader import EventReader
+
+    if isinstance(client, EventReader):
+        return client
+    reader = EventReader()
+    reader._resolver = client._resolver  # pyright: ignore[reportPrivateUsage]
+    reader.namespace = client.namespace
+    return reader
 
 
 def event_json(event: Event) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from holdfast.ops.importing import ImportCounts
     from holdfast.ops.traces import Malformed
 
+EMBEDDED: Final = "embedded"
+"""The format of events that embed their context: they are migrated, not read as traces."""
+
+_EMBEDDED_SUFFIXES: Final = tuple(
+    [f".{plain}{packed}" for plain in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".zst")]
+    + [".db", ".sqlite", ".sqlite3"]
+)
+
 MOST_LISTED: Final = 20
 """Malformed places that are listed; the rest is counted."""
 
@@ -33,6 +42,7 @@ def register(app: typer.Typer) -> None:
             "holdfast import ~/.claude/projects --format claude-code",
             "holdfast import runs/*.traj.json.gz --json",
             "holdfast import backup.jsonl.zst --overwrite",
+            "holdfast import spans.jsonl --map session=trace_id,id=span_id,parent=parent_span_id,name=name",
         ),
         uvloop=True,
     )(import_traces)
@@ -43,8 +53,17 @@ async def import_traces(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH…", help="Files, or directories with files of traces.")],
     form: Annotated[
         str,
-        typer.Option("--format", help="auto, steps, tau-bench, mini-swe-agent, openai-messages or claude-code."),
+        typer.Option(
+            "--format",
+            help="auto, steps, tau-bench, mini-swe-agent, openai-messages, claude-code, openhands or embedded.",
+        ),
     ] = "auto",
+    field_map: Annotated[
+        str | None,
+        typer.Option(
+            "--map", help="Read any JSON lines or array: session=trace_id,id=span_id,parent=parent_span_id,agent==me."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Of an export: put its newest state on top of a key that has another."),
@@ -54,23 +73,44 @@ async def import_traces(
 
     Importing the same file again adds nothing. What cannot be read is named with file and line; the rest goes on.
 
+    With --map any JSON lines (or array) are read: which member is the session, the record's id, its cause's id (parent,
+    which may come later in the file), agent, name, kind, timestamp, correlation, body; '=' before a constant.
+
+    Events with an embedded context (_ksi_context), in files or in a SQLite table, are migrated: see 'holdfast migrate'.
+
     A file of 'holdfast export' is known by its first line (- reads one from standard input): its keys get all their
     versions and bodies back, with their numbers and times. It is checked first: when it is damaged or cut short,
     nothing is written. A key that has other versions here is skipped, or with --overwrite gets the file's newest state
     as a new version.
     """
-    exports = _exports_in(paths, form)
+    if field_map is not None and form != "auto":
+        raise InvalidFieldError("--map and --format exclude each other", field="map", hint="a map says how to read")
+    embedded = [] if field_map is not None else _embedded_in(paths, form)
+    if embedded:
+        await _migrate(invocation, embedded)
+        paths = [path for path in paths if path not in embedded]
+        if form == EMBEDDED or not paths:
+            return exit_codes.OK
+    exports = [] if field_map is not None else _exports_in(paths, form)
     if exports:
         return await import_exports(invocation, exports, overwrite=overwrite)
     if overwrite:
         raise InvalidFieldError(
             "--overwrite is for files of 'holdfast export'", field="overwrite", hint="traces are never overwritten"
         )
+    import msgspec
+
     from holdfast.ops.importing import TraceImport
     from holdfast.ops.system import open_system
-    from holdfast.ops.traces import find_traces
+    from holdfast.ops.traces import find_traces, parse_map
 
-    found = find_traces(paths, form)
+    found = find_traces(paths, "mapped" if field_map is not None else form)
+    if not found.files and embedded:
+        return exit_codes.OK
+    files = found.files
+    if field_map is not None:
+        chosen = parse_map(field_map)
+        files = [msgspec.structs.replace(file, map=chosen) for file in files]
     if not found.files:
         raise NotFoundError(
             f"no traces under {', '.join(map(str, paths))}",
@@ -80,17 +120,39 @@ async def import_traces(
     loaded = invocation.loaded
     reporter = _MalformedReporter(as_json=invocation.json)
     async with open_system(loaded) as system, system.connect(loaded.settings.namespace, "import") as hf:
-        with progress(len(found.files), quiet=invocation.json) as on_progress:
+        with progress(len(files), quiet=invocation.json) as on_progress:
             runner = TraceImport(hf, on_progress=on_progress, on_malformed=reporter.add)
-            counts = await runner.run(found.files)
+            counts = await runner.run(files)
     reporter.finish()
     if invocation.json:
-        import msgspec
-
         output.write_json(msgspec.to_builtins(counts))
     else:
         _write_counts(counts)
     return exit_codes.OK if counts.steps else exit_codes.ERROR
+
+
+def _embedded_in(paths: list[Path], form: str) -> list[Path]:
+    """The files that hold events with an embedded context: told by their content, or all that there are."""
+    from holdfast.ops.embedded.source import is_embedded
+
+    if form not in ("auto", EMBEDDED):
+        return []
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            names = (Path(folder, name) for folder, _, files in os.walk(path) for name in sorted(files))
+            found += [name for name in names if name.name.endswith(_EMBEDDED_SUFFIXES) and is_embedded(name)]
+        elif form == EMBEDDED or (path.is_file() and is_embedded(path)):
+            found.append(path)
+    return found
+
+
+async def _migrate(invocation: Invocation, paths: list[Path]) -> None:
+    from holdfast.ops.cli.migrate_command import migrate_source
+    from holdfast.ops.embedded.source import open_source
+
+    for path in paths:
+        await migrate_source(invocation, open_source(path))
 
 
 def _exports_in(paths: list[Path], form: str) -> list[Path]:

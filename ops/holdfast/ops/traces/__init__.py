@@ -5,12 +5,14 @@ there are and :func:`read_file` yields their steps; :func:`step_event` gives the
 """
 
 from holdfast.ops.traces.detect import FormatChoice, Found, TraceFile, detect, find_traces
+from holdfast.ops.traces.mapped import FieldMap, parse_map
 from holdfast.ops.traces.model import FORMATS, Format, Malformed, ParentSource, Record, Step, StepEvent, step_event
 from holdfast.ops.traces.reading import read_file, read_path, read_source
 from holdfast.ops.traces.sources import Source
 
 __all__ = [
     "FORMATS",
+    "FieldMap",
     "Format",
     "FormatChoice",
     "Found",
@@ -23,6 +25,7 @@ __all__ = [
     "TraceFile",
     "detect",
     "find_traces",
+    "parse_map",
     "read_file",
     "read_path",
     "read_source",

@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from holdfast.ops.traces.mapped import FieldMap
 from holdfast.ops.traces.model import FORMATS, Format
 from holdfast.ops.traces.sources import BLANK, Source
 from holdfast.schemas import limits
@@ -22,7 +23,7 @@ FormatChoice = Literal["auto"] | Format
 Verdict = Format | Literal["sessions"]
 """``sessions``: the summaries that go with a ``steps`` file.  They hold no step and are passed over."""
 
-_SUFFIXES: Final = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_SUFFIXES: Final = tuple(f".{plain}{packed}" for plain in ("json", "jsonl", "ndjson") for packed in ("", ".gz", ".zst"))
 _NAMES: Final[tuple[tuple[str, Verdict], ...]] = (
     (".steps.jsonl", "steps"),
     (".sessions.jsonl", "sessions"),
@@ -36,11 +37,15 @@ _TOKEN: Final = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"(\s*:)?|[\[\]{}]|[^\s
 
 
 class TraceFile(msgspec.Struct, frozen=True):
-    """A file to read.  ``format`` None: it was named by the caller and its format could not be told."""
+    """A file to read.  ``format`` None: it was named by the caller and its format could not be told.
+
+    With a ``map`` it is read by that, whatever its format.
+    """
 
     path: Path
     format: Format | None
     size_bytes: int
+    map: FieldMap | None = None
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -76,7 +81,7 @@ def find_traces(paths: Iterable[str | os.PathLike[str]], format: str = "auto") -
 
 def check_format(format: str) -> FormatChoice:
     """Returns ``format`` when it is ``auto`` or a format; raises InvalidFieldError otherwise."""
-    choices: tuple[FormatChoice, ...] = ("auto", *FORMATS)
+    choices: tuple[FormatChoice, ...] = ("auto", "mapped", *FORMATS)
     for choice in choices:
         if choice == format:
             return choice
@@ -126,7 +131,7 @@ def _may_be(path: Path) -> bool:
 
 
 def _by_name(name: str) -> Verdict | None:
-    plain = name.removesuffix(".gz")
+    plain = name.removesuffix(".gz").removesuffix(".zst")
     return next((verdict for suffix, verdict in _NAMES if plain.endswith(suffix)), None)
 
 
@@ -178,6 +183,8 @@ def _classify(keys: frozenset[str]) -> Verdict | None:
         verdict = "sessions"
     elif keys >= {"task_id", "traj"}:
         verdict = "tau-bench"
+    elif keys >= {"id", "source"} and keys & {"action", "observation"}:
+        verdict = "openhands"
     elif "messages" in keys:
         is_trajectory = keys & {"trajectory_format", "instance_id", "info"}
         verdict = "mini-swe-agent" if is_trajectory else "openai-messages"
@@ -185,4 +192,6 @@ def _classify(keys: frozenset[str]) -> Verdict | None:
         verdict = "claude-code"
     elif "role" in keys and keys & {"content", "tool_calls", "function_call"}:
         verdict = "openai-messages"
+    elif keys & {"history", "trajectory"} and keys & {"instance_id", "session_id"}:
+        verdict = "openhands"
     return verdict

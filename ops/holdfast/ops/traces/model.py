@@ -19,10 +19,18 @@ import msgspec
 
 from holdfast.schemas.ids import EventId, normal_event_id
 
-Format = Literal["steps", "tau-bench", "mini-swe-agent", "openai-messages", "claude-code"]
+Format = Literal["steps", "tau-bench", "mini-swe-agent", "openai-messages", "claude-code", "openhands", "mapped"]
 """A trace format that can be read."""
 
-FORMATS: Final[tuple[Format, ...]] = ("steps", "tau-bench", "mini-swe-agent", "openai-messages", "claude-code")
+FORMATS: Final[tuple[Format, ...]] = (
+    "steps",
+    "tau-bench",
+    "mini-swe-agent",
+    "openai-messages",
+    "claude-code",
+    "openhands",
+)
+"""Those that are known by name; ``mapped`` needs a map."""
 
 ParentSource = Literal["none", "tool_call_id", "parentUuid", "logicalParentUuid", "stated", "order"]
 """How a step's cause is known: ``none`` for a first step, ``order`` when it is only the step before, ``stated`` when
@@ -33,8 +41,9 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """One step of a session, to be stored as a context (``kind``, ``body``) and an event (all the rest).
 
     ``ordinal`` is the source's own number of the step where it has one, else the place among the readable steps of
-    the session, from 0.  ``parent_ordinal`` always names an earlier step that was yielded; so do
-    ``parent_source_id`` and ``root_source_id``, which of a first step are None and its own.  ``timestamp_ms`` is the
+    the session, from 0.  ``parent_ordinal`` always names a step that is yielded, an earlier one but in the formats
+    that state causes by id (``mapped``, ``openhands``); so do ``parent_source_id`` and ``root_source_id``, which of a
+    first step are None and its own.  ``timestamp_ms`` is the
     original time, None where the source has none.
     """
 

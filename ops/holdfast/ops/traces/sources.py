@@ -7,6 +7,7 @@ Nothing here raises for what a file holds: a place that cannot be read comes out
 from __future__ import annotations
 
 import io
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ from typing import BinaryIO, Final, Protocol
 from holdfast.ops.traces.model import Malformed
 from holdfast.schemas import limits
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 LINE_BYTES: Final = limits.BODY_BYTES + limits.MIB
 """Longest line: a body at its limit and the fields around it.  A longer one is passed over, never held."""
 
@@ -22,6 +28,7 @@ CHUNK_BYTES: Final = limits.MIB
 """Read, and decompressed, at a time."""
 
 _GZIP: Final = b"\x1f\x8b"
+_ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _BOM: Final = b"\xef\xbb\xbf"
 BLANK: Final = b" \t\r\n"
 """What JSON counts as blank."""
@@ -59,7 +66,10 @@ class Source:
         """
         with self._open() as file:
             chunk = file.read(CHUNK_BYTES)
-            content = _gunzip(file, chunk) if chunk.startswith(_GZIP) else _plain(file, chunk)
+            if chunk.startswith(_GZIP):
+                content = _gunzip(file, chunk)
+            else:
+                content = _unzstd(file, chunk) if chunk.startswith(_ZSTD) else _plain(file, chunk)
             for number, piece in enumerate(content):
                 yield piece if number else piece.removeprefix(_BOM)
 
@@ -105,6 +115,29 @@ def _gunzip(file: BinaryIO, first: bytes) -> Iterator[bytes]:
             yield _up_to_fault(before, pending)
             raise
         pending = decompressor.unconsumed_tail
+        if piece:
+            yield piece
+
+
+def _unzstd(file: BinaryIO, first: bytes) -> Iterator[bytes]:
+    decompressor = zstd.ZstdDecompressor()
+    pending = first
+    while True:
+        if decompressor.eof:
+            # Frames follow one another (RFC 8878, 3).
+            pending = decompressor.unused_data or file.read(CHUNK_BYTES)
+            if not pending:
+                return
+            decompressor = zstd.ZstdDecompressor()
+        elif decompressor.needs_input and not pending:
+            pending = file.read(CHUNK_BYTES)
+            if not pending:
+                raise OSError("the compressed file is truncated")
+        try:
+            piece = decompressor.decompress(pending, max_length=CHUNK_BYTES)
+        except zstd.ZstdError as error:
+            raise OSError(f"the compressed file is damaged: {error}") from error
+        pending = b""
         if piece:
             yield piece
 

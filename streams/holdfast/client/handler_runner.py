@@ -1,0 +1,451 @@
+"""One handler at work: takes its events from the server, runs the function over each, and settles them.
+
+The order of things for one delivery, each durable before the next: what the function emits, its result, its receipt,
+the acknowledgement.  A crash at any point means another delivery; an idempotent handler then repeats the same ids, and
+is not run at all once its receipt is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import msgspec
+
+from holdfast.client import lineage
+from holdfast.client.cold import ResolverClient
+from holdfast.client.handler_control import CatchUp, Instruction, Redeliver, decode_instruction, instruct, receipt_mark
+from holdfast.client.handler_policy import (
+    ERROR,
+    RESULT,
+    SYSTEM,
+    Again,
+    HandlerOptions,
+    as_typed,
+    consumer_name,
+    consumer_options,
+    control_name,
+    error_data,
+    is_surely_new,
+    is_taken,
+    judge,
+    kills_its_handler,
+    takes_context,
+)
+from holdfast.client.lineage_context import IdMint
+from holdfast.client.model import Event
+from holdfast.client.receipt_records import ReadRecorder, Record
+from holdfast.schemas.bodies import encode_json
+from holdfast.schemas.errors import GapError, HandlerError, HoldfastError, InputError, RetryError, UnavailableError
+from holdfast.schemas.failpoints import failpoint
+from holdfast.schemas.ids import EventId, utc_from_ms
+from holdfast.schemas.lineage import RECEIPT
+from holdfast.streams.consumer import Delivery, DurableConsumer
+from holdfast.streams.dead import FailedHandler, bury
+from holdfast.streams.decode import decode_event
+from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
+from holdfast.streams.wire import EVENTS_STREAM, reply_subject
+
+if TYPE_CHECKING:
+    from holdfast.client.store import Holdfast
+    from holdfast.schemas.rows import EventRow
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED: Final = 10_000
+"""Events that an idempotent handler knows to be done without asking: some 2 MB."""
+
+_PAGE: Final = 200
+"""Missed events that are taken up at once."""
+
+_REOPEN_S: Final = 1.0
+_ASK_AGAIN_S: Final = 1.0
+
+Settlement = Again | Literal["ack", "term"]
+
+
+class HandlerCounters(msgspec.Struct):
+    """Events done, passed over (not for this handler, or done before), handed back to be tried again, and given up."""
+
+    done: int = 0
+    skipped: int = 0
+    again: int = 0
+    dead: int = 0
+
+
+class HandlerRunner:
+    """Runs one handler in this process.  Others of its name, in any process, share its events with it."""
+
+    def __init__(self, hf: Holdfast, options: HandlerOptions, function: Callable[..., Any]) -> None:
+        self._hf = hf
+        self.options = options
+        self.consumer = consumer_name(hf.namespace, options.name)
+        self._failing = FailedHandler(options.name, self.consumer)
+        self.counters = HandlerCounters()
+        self.gap: GapError | None = None
+        """That events were missed which cannot be taken up now; None once they could be."""
+        self._function = function
+        self._takes_context = takes_context(function)
+        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)  # noqa: B004  an object whose call is a coroutine function
+        )
+        self._consumer = DurableConsumer(
+            hf.connection, EVENTS_STREAM, self.consumer, consumer_options(hf.namespace, options)
+        )
+        self._resolver = ResolverClient(hf.connection, hf.namespace)
+        self._running: set[asyncio.Task[None]] = set()
+        self._in_hand: set[str] = set()
+        self._done: dict[str, None] = {}
+
+    async def open(self) -> None:
+        """Creates the consumer, or goes on with the one that is there."""
+        await call_with_retry(self._consumer.open, deadline_s=WRITE_DEADLINE_S)
+
+    async def run(self) -> None:
+        """Takes events as there is room for them.  Never returns; no event ends it."""
+        while True:
+            try:
+                await self._take()
+            except RetryError as error:
+                logger.warning(
+                    "handler cannot go on yet",
+                    extra={"action": "handler_retry", "handler": self.options.name, "error": str(error)},
+                )
+                await self._reopen()
+
+    async def stop_taking(self) -> None:
+        """Takes no more events, and hands back what has arrived and was not begun."""
+        await self._consumer.close()
+
+    async def finish(self, timeout_s: float) -> None:
+        """Waits for what is running, then cancels the rest, which goes to others at once."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout_s)
+        left = list(self._running)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    async def _take(self) -> None:
+        while len(self._running) >= self.options.concurrency:
+            await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+        # Never more than can be begun at once: what waits here could be run by another process.
+        for delivery in await self._consumer.fetch(self.options.concurrency - len(self._running)):
+            # A bare task: it settles its own delivery whatever happens, and finish() waits for it.
+            task = asyncio.get_running_loop().create_task(self._work(delivery), name=f"holdfast-{self.consumer}")
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def _reopen(self) -> None:
+        await asyncio.sleep(_REOPEN_S)
+        await self._consumer.close()
+        try:
+            await self._consumer.open()
+        except RetryError as error:
+            logger.debug("the consumer is not there yet", extra={"action": "handler_retry", "error": str(error)})
+
+    async def _work(self, delivery: Delivery) -> None:
+        settlement: Settlement = Again(0.0)
+        try:
+            async with self._consumer.kept_alive(delivery):
+                settlement = await self._attend(delivery)
+        except asyncio.CancelledError:
+            await self._settle(delivery, Again(0.0))
+            raise
+        except Exception as error:
+            # Not of the handler's function: of what is around it.
+            logger.exception("a delivery could not be worked on", extra=self._about(delivery, error))
+            settlement = Again(self._delay_s(delivery))
+        await self._settle(delivery, settlement)
+
+    async def _settle(self, delivery: Delivery, settlement: Settlement) -> None:
+        try:
+            if isinstance(settlement, Again):
+                self.counters.again += 1
+                await self._consumer.nak(delivery, settlement.delay_s)
+            elif settlement == "term":
+                self.counters.dead += 1
+                await self._consumer.term(delivery)
+            else:
+                failpoint("handler.before_ack")
+                await self._consumer.ack(delivery)
+        except RetryError as error:
+            # It is delivered again when its time is up.
+            logger.debug("a delivery was not settled", extra=self._about(delivery, error))
+
+    async def _attend(self, delivery: Delivery) -> Settlement:
+        try:
+            decoded = decode_event(delivery.message)
+        except HoldfastError:
+            self.counters.skipped += 1
+            return "ack"  # no event: the archiver makes it a dead letter
+        row = decoded.row
+        if row.name == control_name(self.consumer):
+            return await self._follow(row, delivery)
+        if not is_taken(self.options, row.name, row.originator):
+            self.counters.skipped += 1
+            return "ack"
+        if decoded.inline is not None:
+            # The reference of what a raw publisher sent inline resolves before the handler sees it.
+            await self._hf.store_many([decoded.inline])
+        is_new = is_surely_new(
+            row.id,
+            row.stored_at_ms,
+            delivery.attempt,
+            created_ms=self._consumer.created_ms,
+            duplicate_window_s=self._consumer.duplicate_window_s,
+        )
+        return await self._handle(event_of_row(row), delivery, is_new=is_new)
+
+    async def _follow(self, row: EventRow, delivery: Delivery) -> Settlement:
+        """Does what an instruction says."""
+        instruction = decode_instruction(row.data)
+        if isinstance(instruction, CatchUp):
+            return await self._catch_up(instruction, row, delivery)
+        if isinstance(instruction, Redeliver):
+            event = await self._find({"event_id": instruction.event_id})
+            if event is not None and is_taken(self.options, event.name, event.originator):
+                return await self._handle(event, delivery)
+        self.counters.skipped += 1
+        logger.warning("an instruction leads to no event", extra=self._about(delivery, None))
+        return "ack"
+
+    async def _handle(self, event: Event, delivery: Delivery, *, is_new: bool = False) -> Settlement:
+        if self.options.idempotent and event.event_id in self._in_hand:
+            return Again(self._delay_s(delivery))  # delivered twice, and the first is not at its end
+        self._in_hand.add(event.event_id)
+        try:
+            if self.options.idempotent and not is_new and await self._is_done(event):
+                self.counters.skipped += 1
+                return "ack"
+            if kills_its_handler(delivery.attempt, self.options.max_deliver):
+                raise HandlerError(
+                    f"handler {self.options.name!r} came to no end in {delivery.attempt - 1} deliveries of the event",
+                    handler=self.options.name,
+                    cause="interrupted",
+                    hint="does the event kill the process that works on it?",
+                )
+            await self._run(event)
+        except Exception as error:  # noqa: BLE001  a handler may raise whatever it likes
+            return await self._failed(event, delivery, error)
+        finally:
+            self._in_hand.discard(event.event_id)
+        self.counters.done += 1
+        return "ack"
+
+    async def _run(self, event: Event) -> None:
+        options = self.options
+        context = {**event.lineage, "agent_id": options.agent}
+        recorder = ReadRecorder() if options.track else None
+        mint = IdMint(event.namespace, options.name, event.event_id) if options.idempotent else None
+        failpoint("handler.before_run")
+        with lineage.enter(context, reads=recorder, mint=mint):
+            returned = await self._call(event, dict(context))
+            failpoint("handler.after_run")
+            if returned is not None:
+                await self._result(event, returned)
+        failpoint("handler.after_result")
+        record = Record() if recorder is None else recorder.record()
+        if options.idempotent:
+            mark = receipt_mark(event.namespace, options.name, event.event_id)
+            await self._hf.receipts.write(context, record, handler=options.name, receipt_id=mark)
+            self._remember(mark)
+        elif event.name != RECEIPT:  # the receipt of a receipt would have one in its turn
+            await self._hf.receipts.write(context, record, handler=options.name)
+
+    async def _call(self, event: Event, context: dict[str, Any]) -> Any:
+        arguments = (event, context) if self._takes_context else (event,)
+        limit = asyncio.timeout(self.options.timeout_s)
+        try:
+            async with limit:
+                if self._is_async:
+                    return await self._function(*arguments)
+                # In a thread, under this lineage; a time limit cannot end it there.
+                returned = await asyncio.to_thread(self._function, *arguments)
+                return await returned if inspect.isawaitable(returned) else returned
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise UnavailableError(
+                f"handler {self.options.name!r} did not end within {self.options.timeout_s} s",
+                hint="give it more with timeout_s, if it is to take so long",
+            ) from error
+
+    async def _result(self, event: Event, returned: object) -> None:
+        data = msgspec.json.decode(encode_json(returned, field="result"))
+        await self._tell(event, await self._hf.emit(f"{event.name}:{RESULT}", data))
+
+    async def _tell(self, event: Event, outcome: Event) -> None:
+        """Tells a waiting client of an event that is stored; one that is not reached asks for it by and by."""
+        if event.client_id is None:
+            return
+        try:
+            subject = reply_subject(event.namespace, event.client_id)
+            payload = msgspec.json.encode(outcome)
+            if len(payload) + len(subject) < self._hf.connection.client.max_payload:
+                await self._hf.connection.lean.publish(subject, payload)
+        except HoldfastError as error:
+            logger.debug("a client was not told", extra={"action": "reply_failed", "error": str(error)})
+
+    async def _failed(self, event: Event, delivery: Delivery, error: Exception) -> Settlement:
+        options = self.options
+        verdict = judge(
+            error,
+            delivery.attempt,
+            max_deliver=options.max_deliver,
+            backoff_s=options.backoff_s,
+            jitter=random.random(),  # noqa: S311  spreads attempts, guards nothing
+        )
+        if isinstance(verdict, Again):
+            logger.warning("handler failed, and is run again", extra=self._about(delivery, error), exc_info=error)
+            return verdict
+        typed = as_typed(error, options.name)
+        try:
+            await bury(self._hf.connection, EVENTS_STREAM, delivery.message, typed, handler=self._failing)
+            failpoint("handler.after_bury")
+            await self._tell_failure(event, delivery, typed)
+        except RetryError as failure:
+            logger.warning("a failed event could not be set aside yet", extra=self._about(delivery, failure))
+            return Again(self._delay_s(delivery))
+        logger.error("handler gave an event up", extra=self._about(delivery, error), exc_info=error)
+        return "term"
+
+    async def _tell_failure(self, event: Event, delivery: Delivery, error: HoldfastError) -> None:
+        context = {**event.lineage, "agent_id": self.options.agent}
+        # Its id follows from the delivery: a crash after this does not make another one.
+        source = f"{self.options.name} failed at {delivery.message.epoch} {delivery.message.seq}"
+        try:
+            with lineage.enter(context, mint=IdMint(event.namespace, source, event.event_id)):
+                outcome = await self._hf.emit(
+                    # Named as the parent: at the limit of depth, too, a failure is told.
+                    f"{event.name}:{ERROR}",
+                    error_data(error, self.options.name),
+                    parent=event,
+                )
+        except InputError as refusal:
+            # A name of sixteen segments has no room for another.  The dead letter tells it all.
+            logger.warning("a failure was not told as an event", extra=self._about(delivery, refusal))
+            return
+        await self._tell(event, outcome)
+
+    async def _is_done(self, event: Event) -> bool:
+        mark = receipt_mark(event.namespace, self.options.name, event.event_id)
+        if mark in self._done:
+            return True
+        if await self._find({"event_id": mark, "name": RECEIPT}) is None:
+            return False
+        self._remember(mark)
+        return True
+
+    def _remember(self, mark: EventId) -> None:
+        self._done[mark] = None
+        if len(self._done) > REMEMBERED:
+            del self._done[next(iter(self._done))]
+
+    async def _find(self, conditions: dict[str, Any]) -> Event | None:
+        """Asks for an event, for as long as nobody answers: what is not known must not be taken for no."""
+        is_told = False
+        while True:
+            try:
+                answer = await self._resolver.call("query", {**conditions, "limit": 1})
+                return msgspec.convert(answer["events"][0], Event) if answer["events"] else None
+            except RetryError as error:
+                if not is_told:
+                    is_told = True
+                    logger.warning(
+                        "handler waits for a resolver",
+                        extra={"action": "handler_waits", "handler": self.options.name, "error": str(error)},
+                    )
+                await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def _catch_up(self, missed: CatchUp, row: EventRow, delivery: Delivery) -> Settlement:
+        """Has a page of missed events delivered again, each by itself, and goes on to the next page."""
+        request: dict[str, Any] = {"since": missed.since, "until": missed.until, "limit": _PAGE}
+        if missed.cursor is not None:
+            request["cursor"] = missed.cursor
+        if self.options.pattern.split(":")[0] == SYSTEM:
+            request["receipts"] = True
+        try:
+            page = await self._resolver.call("query", request)
+        except RetryError as error:
+            self._miss(error)
+            return Again(self._delay_s(delivery))
+        instructions: list[tuple[Instruction, str]] = []
+        for event in (msgspec.convert(item, Event) for item in page["events"]):
+            if event.name == control_name(self.consumer):
+                again = decode_instruction(msgspec.json.encode(event.data))
+            elif is_taken(self.options, event.name, event.originator):
+                again = Redeliver(event.event_id)
+            else:
+                continue
+            if again is not None:
+                instructions.append((again, event.event_id))
+        if page["events"]:
+            instructions.append((CatchUp(missed.since, missed.until, page["cursor"]), "next page"))
+        await self._hf.publish_many(
+            [
+                instruct(row.namespace, self.consumer, self.options.agent, instruction, row.id, source)
+                for instruction, source in instructions
+            ]
+        )
+        logger.info(
+            "handler takes up missed events",
+            extra={"action": "handler_caught_up", "handler": self.options.name, "events": len(instructions)},
+        )
+        self.gap = None
+        return "ack"
+
+    def _miss(self, error: RetryError) -> None:
+        if self.gap is None:
+            self.gap = GapError(
+                f"handler {self.options.name!r} has missed events that have left the log, and they cannot be read "
+                f"from the lake: {error.message}",
+                hint="start a resolver: they are taken up when one answers",
+            )
+            logger.error("handler has missed events", extra={"action": "handler_gap", "handler": self.options.name})
+
+    def _delay_s(self, delivery: Delivery) -> float:
+        verdict = judge(
+            UnavailableError("not now"),
+            delivery.attempt,
+            max_deliver=delivery.attempt + 1,
+            backoff_s=self.options.backoff_s or (1.0,),
+        )
+        return verdict.delay_s if isinstance(verdict, Again) else 1.0
+
+    def _about(self, delivery: Delivery, error: Exception | None) -> dict[str, object]:
+        return {
+            "action": "handler_event",
+            "handler": self.options.name,
+            "seq": delivery.message.seq,
+            "attempt": delivery.attempt,
+            "error": repr(error),
+        }
+
+
+def event_of_row(row: EventRow) -> Event:
+    """Returns the event of a row, as a query answers with it."""
+    return Event(
+        event_id=EventId(row.id),
+        name=row.name,
+        namespace=row.namespace,
+        agent_id=row.agent_id,
+        timestamp=utc_from_ms(row.timestamp_ms),
+        session_id=row.session_id,
+        correlation_id=row.correlation_id,
+        parent_event_id=None if row.parent_event_id is None else EventId(row.parent_event_id),
+        root_event_id=None if row.root_event_id is None else EventId(row.root_event_id),
+        event_depth=row.event_depth,
+        client_id=row.client_id,
+        originator=row.originator,
+        context_ref=row.context_ref,
+        data=None if row.data is None else msgspec.json.decode(row.data),
+        stored_at=utc_from_ms(row.stored_at_ms),
+        source_id=row.source_id,
+        extra=None if row.extra is None else msgspec.json.decode(row.extra),
+        traceparent=row.traceparent,
+    )
