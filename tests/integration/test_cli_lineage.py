@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import Generator
@@ -15,13 +16,15 @@ from holdfast.client import Event
 from holdfast.ops.cli.lineage_drawing import (
     dot_lines,
     format_offset,
+    guide_width,
     mermaid_lines,
     nodes_of,
     rich_trees,
     text_lines,
 )
-from holdfast.schemas.ids import EventId
+from holdfast.schemas.ids import EventId, derived_event_id
 from tests.command_line import CommandLine, InProcess, Service, in_process
+from tests.support import plain_client
 
 T0 = datetime(2026, 1, 31, 9, 30, tzinfo=UTC)
 
@@ -115,11 +118,17 @@ def test_the_limit_is_kept_and_what_is_left_out_is_told(holdfast: InProcess, fam
     assert holdfast("lineage", family[0], "--limit", "4").err == ""
 
 
-def test_a_parent_that_is_not_stored_is_told(holdfast: InProcess) -> None:
-    orphan = holdfast("emit", "e", "--id", "orphan", "--json").json
-    assert holdfast("lineage", "orphan").err == ""
-    assert holdfast("lineage", "no such event", "--json", status=4).error["field"] == "event_id"
-    assert orphan["source_id"] == "orphan"
+def test_a_parent_that_is_not_stored_is_told(holdfast: InProcess, running: Service, namespace: str) -> None:
+    async def publish_orphan() -> None:
+        async with plain_client(running.ready["nats_url"]) as client:
+            message = b'{"id": "orphan", "parent_event_id": "lost"}'
+            await client.jetstream().publish(f"ctx.{namespace}.event.a.e", message)
+
+    asyncio.run(publish_orphan())
+    outcome = holdfast("lineage", "orphan")
+    assert "e  a  +0s  depth 1  ← asked for" in outcome.out
+    assert f"{derived_event_id(namespace, 'source-id', 'lost')}, the parent of" in outcome.err
+    assert holdfast("lineage", "lost", "--json", status=4).error["field"] == "event_id"
 
 
 def test_mermaid_and_dot_name_every_event_and_link(holdfast: InProcess, family: list[str]) -> None:
@@ -228,6 +237,15 @@ def test_a_long_line_of_only_children_is_drawn_at_one_level() -> None:
         for tree in rich_trees(nodes):
             console.print(tree)
     assert [line.rstrip() for line in captured.get().splitlines()] == lines
+
+
+def test_a_tree_wider_than_the_screen_loses_no_line() -> None:
+    """Every event has two children, so nothing can be drawn at one level."""
+    deep = 60
+    events = [drawn(0, None), *(drawn(n, n - 1) for n in range(1, deep))]
+    nodes = nodes_of([*events, *(drawn(1_000 + n, n - 1) for n in range(deep - 1, 0, -1))], [])
+    assert guide_width(nodes) == 4 * (deep - 1)
+    assert len(text_lines(nodes)) == len(nodes)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from tests.running import own_server, running, settings_in
 from tests.support import examples
 
 Move = Literal["stay", "archive", "evict", "purge"]
+Root = Literal["right", "unknown", "forged"]
 
 MOST = 16
 
@@ -42,7 +43,7 @@ class Given(msgspec.Struct, frozen=True):
     stored nowhere, or none."""
 
     parent: int | Literal["none", "lost"]
-    root: Literal["right", "unknown", "forged"]
+    root: Root
     is_receipt: bool
     correlation: int
 
@@ -57,7 +58,8 @@ class Drawn(msgspec.Struct, frozen=True):
 @st.composite
 def forests(draw: st.DrawFn) -> Drawn:
     count = draw(st.integers(2, MOST))
-    events = []
+    events: list[Given] = []
+    roots: list[Root] = ["right", "right", "right", "right", "right", "unknown", "unknown", "forged"]
     for n in range(count):
         # Mostly an earlier event: else nothing grows deep.
         earlier = [st.integers(max(0, n - 2), n - 1)] * 4 + [st.integers(0, n - 1)] if n else []
@@ -65,14 +67,15 @@ def forests(draw: st.DrawFn) -> Drawn:
         events.append(
             Given(
                 parent=draw(parents),
-                root=draw(st.sampled_from(["right"] * 5 + ["unknown", "unknown", "forged"])),
+                root=draw(st.sampled_from(roots)),
                 is_receipt=draw(st.integers(0, 9)) == 9,
                 correlation=draw(st.integers(0, 1)),
             )
         )
     cuts = sorted(draw(st.sets(st.integers(1, count - 1), max_size=2))) if count > 1 else []
     moves: list[Move] = ["stay", "archive", "evict", "purge"]
-    return Drawn(events, [(cut, draw(st.sampled_from(moves))) for cut in cuts] + [(count, "stay")])
+    parts: list[tuple[int, Move]] = [(cut, draw(st.sampled_from(moves))) for cut in cuts]
+    return Drawn(events, [*parts, (count, "stay")])
 
 
 class Row(msgspec.Struct, frozen=True):

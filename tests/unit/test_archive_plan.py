@@ -47,6 +47,17 @@ def test_an_event_without_a_time_carries_the_servers_and_says_the_same() -> None
     assert same_content(first, again(first, timestamp_ms=first.stored_at_ms + 1_000))
 
 
+def test_an_event_restored_with_the_servers_time_written_out_says_the_same() -> None:
+    first = event(1)
+    first = msgspec.structs.replace(first, timestamp_ms=first.stored_at_ms)
+    restored = msgspec.structs.replace(first, stored_at_ms=first.stored_at_ms + 60_000)
+    later = msgspec.structs.replace(
+        first, stored_at_ms=first.stored_at_ms + 90_000, timestamp_ms=first.stored_at_ms + 90_000
+    )
+    assert same_content(restored, first)
+    assert same_content(restored, later)
+
+
 def test_a_repetition_is_left_out_and_a_contradiction_is_contested() -> None:
     one, two = event(1), event(2)
     other = again(two, data=b'"other"')

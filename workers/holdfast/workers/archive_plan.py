@@ -147,9 +147,10 @@ def key_of(row: Row) -> EventKey | VersionKey:
 def same_content(one: Row, other: Row) -> bool:
     """Whether two rows say the same, wherever and whenever they were stored.
 
-    A raw event without a time carries the server's, another one each time it is stored.
+    An event without a time carries the server's, another one each time it is stored; restored from a checkpoint, it
+    says the first of them.
     """
-    if _carries_server_time(one) and _carries_server_time(other):
+    if _carries_server_time(one) or _carries_server_time(other):
         one, other = (msgspec.structs.replace(row, timestamp_ms=0) for row in (one, other))
     return _content(one) == _content(other)
 

@@ -19,7 +19,7 @@ from holdfast.workers.settings import WorkerName
 
 if TYPE_CHECKING:
     from holdfast.client import Event, Holdfast
-    from holdfast.client.event_reader import Conditions, EventReader
+    from holdfast.client.event_reader import Conditions
 
 
 def register(app: typer.Typer) -> None:
@@ -168,8 +168,7 @@ async def query(
     loaded = invocation.loaded
     rows: list[tuple[object, ...]] = []
     left = limit
-    async with open_system(loaded, ("resolver",)) as system, system.connect(loaded.settings.namespace) as client:
-        hf = reader_of(client)
+    async with open_system(loaded, ("resolver",)) as system, system.connect(loaded.settings.namespace) as hf:
         while left:
             asked = min(left, limits.QUERY_LIMIT_MAX)
             if chosen is not None:
@@ -197,18 +196,6 @@ async def query(
     if not left and cursor is not None:
         output.remark(f"there may be more: --cursor {cursor}")
     return exit_codes.OK
-
-
-def reader_of(client: Holdfast) -> EventReader:
-    """Returns what reads the events of a client's namespace."""
-    from holdfast.client.event_reader import EventReader
-
-    if isinstance(client, EventReader):
-        return client
-    reader = EventReader()
-    reader._resolver = client._resolver  # pyright: ignore[reportPrivateUsage]
-    reader.namespace = client.namespace
-    return reader
 
 
 def event_json(event: Event) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from holdfast.schemas.errors import InvalidFieldError, InvalidRefError, NotFound
 from holdfast.schemas.refs import parse_ref
 
 if TYPE_CHECKING:
-    from holdfast.client import Event
-    from holdfast.client.event_reader import EventReader
+    from holdfast.client import Event, Holdfast
 
 LIMIT: Final = 1_000
+
+_LABEL_WIDTH: Final = 40
+"""What a label needs of the screen: beyond its edge rich leaves out whole lines, so there it is plain text."""
 
 
 def register(app: typer.Typer) -> None:
@@ -46,14 +48,12 @@ async def lineage(
     Of a reference, the trees of all events that carry it. With --json the events in pre-order, one a line, each with
     its depth in what is shown.
     """
-    from holdfast.ops.cli.event_commands import reader_of
     from holdfast.ops.system import open_system
 
     _check_one({"--chain": chain, "--descendants": descendants})
     _check_one({"--mermaid": mermaid, "--dot": dot, "--json": invocation.json})
     loaded = invocation.loaded
-    async with open_system(loaded, ("resolver",)) as system, system.connect(loaded.settings.namespace) as client:
-        hf = reader_of(client)
+    async with open_system(loaded, ("resolver",)) as system, system.connect(loaded.settings.namespace) as hf:
         asked = await _asked_for(hf, target, limit)
         events: list[Event] = []
         shown: set[str] = set()
@@ -79,7 +79,7 @@ def _check_one(flags: dict[str, bool]) -> None:
         raise InvalidFieldError(f"{' and '.join(given)} exclude each other", field=given[1], hint="give one of them")
 
 
-async def _asked_for(hf: EventReader, target: str, limit: int) -> list[str]:
+async def _asked_for(hf: Holdfast, target: str, limit: int) -> list[str]:
     """The ids of the events that are meant; of a reference, of all that carry it."""
     try:
         parse_ref(target)
@@ -95,7 +95,7 @@ async def _asked_for(hf: EventReader, target: str, limit: int) -> list[str]:
     return found
 
 
-async def _around(hf: EventReader, event_id: str, limit: int, *, chain: bool, descendants: bool) -> list[Event]:
+async def _around(hf: Holdfast, event_id: str, limit: int, *, chain: bool, descendants: bool) -> list[Event]:
     if descendants:
         return await hf.descendants(event_id, limit=limit)
     above = await hf.chain(event_id)
@@ -133,7 +133,7 @@ def _write(invocation: Invocation, events: list[Event], asked: list[str], *, mer
         lines = drawing.mermaid_lines(nodes)
     elif dot:
         lines = drawing.dot_lines(nodes)
-    elif console.is_terminal:
+    elif console.is_terminal and drawing.guide_width(nodes) + _LABEL_WIDTH <= console.width:
         for tree in drawing.rich_trees(nodes):
             console.print(tree)
         return

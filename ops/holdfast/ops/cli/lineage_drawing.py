@@ -125,6 +125,14 @@ def rich_trees(nodes: Sequence[Node]) -> list[Tree]:
     return tops
 
 
+def guide_width(nodes: Sequence[Node]) -> int:
+    """Returns how many columns the guide lines of the deepest node take."""
+    levels: list[int] = []
+    for parent in _shown_under(nodes)[0]:
+        levels.append(0 if parent is None else levels[parent] + 1)
+    return 4 * max(levels, default=0)
+
+
 def mermaid_lines(nodes: Sequence[Node]) -> list[str]:
     """Returns a Mermaid flowchart."""
     lines = ["flowchart TD"]
@@ -204,6 +212,7 @@ __all__ = [
     "Node",
     "dot_lines",
     "format_offset",
+    "guide_width",
     "label",
     "mermaid_lines",
     "nodes_of",
