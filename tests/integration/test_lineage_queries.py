@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from holdfast.client import Event, Holdfast, connect
-from holdfast.client.event_reader import EventReader
+from holdfast.client.event_reader import Conditions, EventReader
 from holdfast.lake import Lake
 from holdfast.lake import connect as connect_lake
 from holdfast.schemas.errors import InvalidFieldError, InvalidRefError, NotFoundError
@@ -201,7 +201,8 @@ async def test_receipts_are_left_out_unless_asked_for(hf: Holdfast, reader: Read
     assert ids_of(await reader.tree(root, receipts=True)) == ids_of([root, receipt, child])
     assert ids_of(await reader.descendants(root, receipts=True)) == ids_of([receipt, child])
     assert ids_of([each async for each in reader.query(correlation="c")]) == ids_of([root, child])
-    for asked in ({"receipts": True}, {"name": RECEIPT}, {"event_id": receipt.event_id}):
+    ways: list[Conditions] = [{"receipts": True}, {"name": RECEIPT}, {"event_id": receipt.event_id}]
+    for asked in ways:
         found = ids_of([each async for each in reader.query(**asked)])
         assert str(receipt.event_id) in found
     assert ids_of(await reader.tree(receipt)) == ids_of([receipt])

@@ -16,11 +16,11 @@ from holdfast.ops.embedded.form import (
     UNREADABLE,
     Parts,
     event_id_of,
-    identity_of,
     rebuild,
     referring,
     split,
 )
+from holdfast.ops.embedded.reading import identity_of
 from holdfast.ops.embedded.source import Item
 from holdfast.ops.embedded.survey import IdSet, hash_of, survey
 from holdfast.schemas.ids import derived_event_id, normal_event_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,11 @@ from hypothesis import strategies as st
 from holdfast.ops.traces import Malformed, Record, Source, Step, detect, mapped, openhands, parse_map, step_event
 from holdfast.schemas.errors import InvalidFieldError
 from tests.unit.traces_samples import jsonl, malformed_of, packed, read, steps_of
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 SPANS = "session=trace_id,id=span_id,parent=parent_span_id,name=op.name,agent=op.by,timestamp=start"
 
@@ -207,3 +213,15 @@ def test_openhands_odd_events_are_named() -> None:
     assert len(malformed_of(records)) == 2
     assert parents(steps_of(records)) == [None, 0, 1]
     assert all(isinstance(record, Step | Malformed) for record in openhands.read(Source.of_bytes(b"[[[", "x")))
+
+
+def test_zstd_is_read_like_any_other_compression_and_damage_is_told() -> None:
+    raw = jsonl(span("t", number, number - 1 if number else None) for number in range(200))
+    frames = zstd.compress(raw[:500]) + zstd.compress(raw[500:])
+    assert parents(steps_of(read_mapped(frames, SPANS))) == [None, *range(199)]
+    cut = read_mapped(frames[:-30], SPANS)
+    assert malformed_of(cut)
+    assert "cannot be read further" in malformed_of(cut)[-1].reason
+    broken = bytearray(frames)
+    broken[len(frames) // 2] ^= 0xFF
+    assert malformed_of(read_mapped(bytes(broken), SPANS))

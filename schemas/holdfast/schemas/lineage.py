@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import Final
 
-RECEIPT: Final = "holdfast:receipt"
+OWN_NAMES: Final = "holdfast:"
+"""What the names of Holdfast's own events begin with; a query leaves them out unless it asks for them."""
+
+RECEIPT: Final = f"{OWN_NAMES}receipt"
 """Name of the events that say which contexts were read and made in working on their parent."""
 
 ATTRIBUTES: Final = "attributes"

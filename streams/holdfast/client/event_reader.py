@@ -11,7 +11,7 @@ import msgspec
 from holdfast.client.emitting import moment_ms
 from holdfast.client.model import Event
 from holdfast.schemas.errors import InvalidFieldError
-from holdfast.schemas.limits import QUERY_LIMIT_DEFAULT
+from holdfast.schemas.limits import QUERY_LIMIT_DEFAULT, QUERY_LIMIT_MAX
 
 if TYPE_CHECKING:
     from holdfast.client.cold import ResolverClient

@@ -22,7 +22,6 @@ from holdfast.client.handler_control import CatchUp, Instruction, Redeliver, dec
 from holdfast.client.handler_policy import (
     ERROR,
     RESULT,
-    SYSTEM,
     Again,
     HandlerOptions,
     as_typed,
@@ -364,11 +363,10 @@ class HandlerRunner:
 
     async def _catch_up(self, missed: CatchUp, row: EventRow, delivery: Delivery) -> Settlement:
         """Has a page of missed events delivered again, each by itself, and goes on to the next page."""
-        request: dict[str, Any] = {"since": missed.since, "until": missed.until, "limit": _PAGE}
+        # Among what was missed may be instructions for this handler.
+        request: dict[str, Any] = {"since": missed.since, "until": missed.until, "limit": _PAGE, "receipts": True}
         if missed.cursor is not None:
             request["cursor"] = missed.cursor
-        if self.options.pattern.split(":")[0] == SYSTEM:
-            request["receipts"] = True
         try:
             page = await self._resolver.call("query", request)
         except RetryError as error:

@@ -143,6 +143,10 @@ class Handlers:
             if runner.gap is not None:
                 raise runner.gap
 
+    async def begun(self) -> None:
+        """Returns when no registration is under way any more, whatever came of it: :meth:`ready` tells that."""
+        await asyncio.gather(*self._opened.values(), return_exceptions=True)
+
     async def request(
         self,
         name: str,

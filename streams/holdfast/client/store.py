@@ -258,7 +258,7 @@ class Holdfast(EventReader):
         if event_id is None:
             event = minted(event, scope)
         if self.handlers.pending:
-            await self.handlers.ready()  # what this client emits is not to be missed by its own handlers
+            await self.handlers.begun()  # what this client emits is not to be missed by its own handlers
         await self._events.publish_many([event])
         if ref is not None and scope is not None and scope.reads is not None:
             if size is None:

@@ -316,7 +316,7 @@ class SyncHoldfast(_Blocking[Holdfast]):
         return self._call(lambda hf: hf.query_page(limit=limit, cursor=cursor, fields=fields, **conditions))
 
     def request(self, name: str, data: Any = None, **options: Any) -> Event:
-        """Emits an event and returns the result of its handler, as :meth:`holdfast.client.handlers.Handlers.request`."""
+        """Emits an event and returns the result of its handler, as :meth:`holdfast.client.Holdfast.request`."""
         return self._call(lambda hf: hf.request(name, data, **options))
 
     def conversation(self, session: str) -> SyncConversation:

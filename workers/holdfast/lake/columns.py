@@ -181,7 +181,10 @@ def parquet_options(table: Table, *, compacted: bool = False) -> dict[str, Any]:
         # Statistics of bodies and JSON would copy large values into the footer, and prune nothing.
         "write_statistics": [_leaf(column) for column in columns if column.storage != "bytes"],
         "bloom_filter_options": {
-            column.name: {"ndv": COMPACTED_ROWS_PER_GROUP if compacted else ROWS_PER_GROUP, "fpp": BLOOM_FALSE_POSITIVES}
+            column.name: {
+                "ndv": COMPACTED_ROWS_PER_GROUP if compacted else ROWS_PER_GROUP,
+                "fpp": BLOOM_FALSE_POSITIVES,
+            }
             for column in columns
             if column.bloom
         },

@@ -15,7 +15,7 @@ import msgspec
 
 from holdfast.schemas.errors import InvalidFieldError
 from holdfast.schemas.limits import QUERY_LIMIT_DEFAULT, QUERY_LIMIT_MAX
-from holdfast.schemas.lineage import RECEIPT
+from holdfast.schemas.lineage import OWN_NAMES
 from holdfast.schemas.refs import Ref, parse_ref
 from holdfast.schemas.rows import EventRow
 
@@ -23,8 +23,8 @@ from holdfast.schemas.rows import EventRow
 class EventFilter(msgspec.Struct, frozen=True, kw_only=True):
     """Which events: all given fields must match.  ``kind`` is that of the event's context.
 
-    Receipts (events named ``holdfast:receipt``) are left out, unless ``receipts`` is set, or ``name`` or ``event_id``
-    asks for them.
+    Holdfast's own events (receipts, and what it tells handlers: names that begin with ``holdfast:``) are left out,
+    unless ``receipts`` is set, or ``name`` or ``event_id`` asks for them.
     """
 
     namespace: str | None = None
@@ -138,8 +138,8 @@ def _conditions(where: EventFilter) -> tuple[list[str], list[object]]:
     if where.context_ref is not None:
         parse_ref(where.context_ref)
     if not where.receipts and where.name is None and where.event_id is None:
-        conditions.append("name <> ?")
-        values.append(RECEIPT)
+        conditions.append("NOT starts_with(name, ?)")
+        values.append(OWN_NAMES)
     if where.kind is not None:
         # A digest has no underscore and a fixed length, so prefix and length pin the kind.
         prefix = f"ctx_{where.kind}_"

@@ -172,14 +172,9 @@ def _check(
 
 async def _rebuild(invocation: Invocation, path: Path, table: str | None, out: Path) -> int:
     from holdfast.ops.embedded.migration import load_progress
-    from holdfast.ops.embedded.source import Columns, LinesSource, TableSource, is_database, open_source
     from holdfast.ops.system import open_system
 
-    source: EmbeddedSource
-    if table is not None:
-        source = TableSource(path, Columns(table=table))
-    else:
-        source = open_source(path) if path.is_file() and is_database(path) else LinesSource(path)
+    source = _named_source(path, table)
     loaded = invocation.loaded
     async with (
         open_system(loaded, ("archiver", "resolver")) as system,
@@ -204,6 +199,15 @@ async def _rebuild(invocation: Invocation, path: Path, table: str | None, out: P
     else:
         output.write_line(f"{count:,} events written to {out}, equal to the original byte for byte")
     return exit_codes.OK
+
+
+def _named_source(path: Path, table: str | None) -> EmbeddedSource:
+    """The source that a path named when it was migrated; it need not be there any more."""
+    from holdfast.ops.embedded.source import Columns, LinesSource, TableSource, is_database, open_source
+
+    if table is not None:
+        return TableSource(path, Columns(table=table))
+    return open_source(path) if path.is_file() and is_database(path) else LinesSource(path)
 
 
 def _write_back(system: System, namespace: str, noted: Progress, out: Path) -> int:
@@ -254,6 +258,10 @@ class _Wholes:
             output.remark(f"and {self._count - len(self._listed)} more that are kept whole")
 
 
+def _no_step(number: int, text: str) -> None:
+    """Tells nothing."""
+
+
 Reporters = tuple[Callable[[int, str], None], Callable[["MigrationCounts"], None]]
 
 
@@ -261,7 +269,7 @@ Reporters = tuple[Callable[[int, str], None], Callable[["MigrationCounts"], None
 def _progress(*, quiet: bool) -> Generator[Reporters]:
     """Yields what shows the steps, and the counts of the step under way where there is a terminal."""
     if quiet:
-        yield lambda *_: None, lambda _: None
+        yield _no_step, lambda _: None
         return
     from holdfast.ops.embedded.migration import STEPS
 
@@ -286,7 +294,8 @@ def _progress(*, quiet: bool) -> Generator[Reporters]:
 def _write_counts(source: EmbeddedSource, counts: MigrationCounts) -> None:
     rate = counts.sent / counts.seconds if counts.seconds else 0
     lines = (
-        f"{counts.events:,} events of {source.name}; {counts.sent:,} sent in {counts.seconds:.2f} s ({rate:,.0f} a second)",
+        f"{counts.events:,} events of {source.name}; "
+        f"{counts.sent:,} sent in {counts.seconds:.2f} s ({rate:,.0f} a second)",
         f"  new       {counts.new:,}, recent {counts.hot:,}, older {counts.cold:,}, stored before {counts.resumed:,}",
         f"  contexts  {counts.contexts:,} distinct",
         f"  whole     {counts.whole:,}, of them unreadable {counts.unreadable:,}; repeated ids {counts.repeated:,}",

@@ -26,20 +26,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
 
 from holdfast.ops.embedded import holes
 from holdfast.ops.embedded.holes import Time
-from holdfast.ops.embedded.scanning import Member, members_of
+from holdfast.ops.embedded.reading import CONTEXT, FIELDS, NAMES, Fields, digest_key, label, read_fields, stated_id
+from holdfast.ops.embedded.scanning import Member
 from holdfast.schemas import limits
-from holdfast.schemas.bodies import BINARY, check_json
+from holdfast.schemas.bodies import BINARY
 from holdfast.schemas.errors import HoldfastError, IntegrityError, TooLargeError
 from holdfast.schemas.ids import derived_event_id, iso_from_ms, normal_event_id
-from holdfast.schemas.lineage import ALIASES
-from holdfast.schemas.names import check_agent, check_event_name, is_well_formed
+from holdfast.schemas.names import check_agent, check_event_name
 from holdfast.schemas.refs import JSON, Ref, compute_digest, format_ref
 from holdfast.schemas.rows import EventRow
 from holdfast.streams.decode import MAX_DEPTH, decode_event, timestamps_agree
@@ -51,9 +50,6 @@ from holdfast.streams.wire import H_MSG_ID, event_subject, message_id
 KIND: Final = "embedded"
 """The kind of the contexts that hold forms."""
 
-CONTEXT: Final = "_ksi_context"
-"""The member that holds an embedded context."""
-
 DIGITS: Final = "digits"
 """Member of an event's message: the digits of its time behind the milliseconds."""
 
@@ -62,11 +58,7 @@ UNREADABLE: Final = "embedded:unreadable"
 WHOLE_TEXT: Final = "text/plain; charset=utf-8"
 WHOLE_BYTES: Final = BINARY
 
-_NAMES: Final = ("event", "event_name", "name")
 _LABELS: Final = ("correlation_id", "session_id", "client_id", "originator")
-_LINEAGE: Final = {alias.encode(): field for alias, field in ALIASES.items() if field != "context_ref"}
-_FIELDS: Final = _LINEAGE | {field.encode(): field for field in _LINEAGE.values()}
-_REFERENCE: Final = frozenset({b"_ksi_context_ref", b"_event_id"})
 _HOLE: Final = re.compile(rb'\{"\$":"([a-z_]+)"(?:,"as":"([a-zA-Z0-9:+-]+)")?\}')
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_:-]{1,128}")
@@ -141,30 +133,6 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
         return Outgoing(event_subject(event.namespace, event.agent_id, event.name), headers, payload)
 
 
-class Identity(msgspec.Struct, frozen=True):
-    """Which event a text is: its own id, else a digest of the text; and when it was, where it says."""
-
-    key: str
-    is_stated: bool
-    at_ms: int | None
-    is_migrated: bool
-    """Whether it carries a reference in the place of an embedded context already."""
-
-
-def identity_of(text: bytes) -> Identity:
-    """Returns which event a text is; never raises."""
-    fields = _read(text)
-    if isinstance(fields, str):
-        return Identity(_digest_key(text), False, None, False)
-    stated = _stated_id(fields)
-    return Identity(
-        stated or _digest_key(text),
-        stated is not None,
-        None if fields.time is None else fields.time.at_ms,
-        fields.is_migrated,
-    )
-
-
 def event_id_of(namespace: str, key: str, occurrence: int = 0) -> tuple[str, str | None]:
     """Returns the event id for an :class:`Identity` key, and the original where that is not it.
 
@@ -180,7 +148,7 @@ def split(namespace: str, text: bytes, *, known: Known, agent: str, occurrence: 
 
     ``agent`` signs an event that names no agent.
     """
-    fields = _read(text)
+    fields = read_fields(text)
     if isinstance(fields, str):
         return _whole(namespace, text, None, agent, occurrence, fields)
     parts = _taken_apart(namespace, text, fields, known, agent, occurrence)
@@ -209,73 +177,20 @@ def rebuild(row: EventRow, form: bytes, content_type: str, originals: Originals)
 
 def referring(text: bytes, event_id: str, ref: Ref) -> bytes:
     """Returns an event with a reference in the place of its embedded context; as it is when it embeds none."""
-    fields = _read(text)
+    fields = read_fields(text)
     if isinstance(fields, str) or not fields.context or fields.is_migrated:
         return text
     member = next(found for found in fields.members if found.name == CONTEXT.encode())
-    stated = any(_FIELDS.get(found.name) == "event_id" for found in fields.members)
+    stated = any(FIELDS.get(found.name) == "event_id" for found in fields.members)
     added = b"" if stated else b', "_event_id": ' + holes.spell_text(event_id, holes.TEXT)
     return b"".join((text[: member.start], b'"', ref.encode(), b'"', added, text[member.end :]))
 
 
-class _Fields(msgspec.Struct):
-    """What a text says: its members, those of its context, and the values that become columns."""
-
-    members: list[Member]
-    context: list[Member]
-    values: dict[str, Any]
-    time: Time | None
-    data: Member | None
-    is_migrated: bool
-
-
-def _read(text: bytes) -> _Fields | str:
-    """Returns what a text says, or why it cannot be read."""
-    try:
-        check_json(text, field="event")
-    except HoldfastError as error:
-        return error.message
-    members = members_of(text) if text.lstrip(b" \t\r\n").startswith(b"{") else None
-    if members is None:
-        return "it is not a JSON object"
-    context: list[Member] = []
-    is_migrated = False
-    for member in members:
-        if member.name == CONTEXT.encode():
-            is_object = text[member.start : member.start + 1] == b"{"
-            context = members_of(text, member.start) if is_object else []
-            names = {found.name for found in context}
-            is_reference = text[member.start : member.start + 5] == b'"ctx_'
-            is_migrated = is_reference or (b"_ksi_context_ref" in names and names <= _REFERENCE)
-    values: dict[str, Any] = {}
-    time: Time | None = None
-    # What the context says goes before what stands around it.
-    for member in (*context, *members):
-        field = _FIELDS.get(member.name)
-        if field is None or field in values:
-            continue
-        raw = text[member.start : member.end]
-        if field == "timestamp":
-            time = time or holes.time_in(raw)
-        else:
-            value = holes.whole_in(raw) if field == "event_depth" else holes.text_in(raw)
-            if value is not None:
-                values[field] = value
-    for name in _NAMES:
-        found = next((member for member in members if member.name == name.encode()), None)
-        if found is not None and "name" not in values:
-            value = holes.text_in(text[found.start : found.end])
-            if value is not None:
-                values["name"] = value
-    data = [member for member in members if member.name == b"data"]
-    return _Fields(members, context, values, time, data[0] if len(data) == 1 else None, is_migrated)
-
-
-def _taken_apart(namespace: str, text: bytes, fields: _Fields, known: Known, agent: str, occurrence: int) -> Parts:
+def _taken_apart(namespace: str, text: bytes, fields: Fields, known: Known, agent: str, occurrence: int) -> Parts:
     values = fields.values
-    stated = _stated_id(fields)
+    stated = stated_id(fields)
     event_id, source_id = _event_id(namespace, text, stated, occurrence)
-    parent, root = (_label(values.get(field)) for field in ("parent_event_id", "root_event_id"))
+    parent, root = (label(values.get(field)) for field in ("parent_event_id", "root_event_id"))
     depth = values.get("event_depth", 0 if parent is None else 1)
     event = NewEvent(
         namespace=namespace,
@@ -288,10 +203,10 @@ def _taken_apart(namespace: str, text: bytes, fields: _Fields, known: Known, age
         root_event_id=event_id if root == stated else None if root is None else normal_event_id(namespace, root)[0],
         event_depth=depth if depth <= MAX_DEPTH else 0,
         source_id=source_id,
-        correlation_id=_label(values.get("correlation_id")),
-        session_id=_label(values.get("session_id")),
-        client_id=_label(values.get("client_id")),
-        originator=_label(values.get("originator")),
+        correlation_id=label(values.get("correlation_id")),
+        session_id=label(values.get("session_id")),
+        client_id=label(values.get("client_id")),
+        originator=label(values.get("originator")),
     )
     cutter = _Cutter(text, event, fields, known)
     form = cutter.form()
@@ -311,7 +226,7 @@ def _taken_apart(namespace: str, text: bytes, fields: _Fields, known: Known, age
 class _Cutter:
     """Puts holes into a text, each only where it will be filled with what stood there."""
 
-    def __init__(self, text: bytes, event: NewEvent, fields: _Fields, known: Known) -> None:
+    def __init__(self, text: bytes, event: NewEvent, fields: Fields, known: Known) -> None:
         self._text = text
         self._event = event
         self._fields = fields
@@ -341,8 +256,8 @@ class _Cutter:
                 return None
             self.data = raw
             return _hole("data")
-        field = "name" if not is_context and member.name.decode(errors="replace") in _NAMES else None
-        field = field or _FIELDS.get(member.name)
+        field = "name" if not is_context and member.name.decode(errors="replace") in NAMES else None
+        field = field or FIELDS.get(member.name)
         if field is None:
             return None
         if field == "timestamp":
@@ -379,7 +294,7 @@ class _Cutter:
 class _ExpectedOriginals:
     """What a look-up of parent and root will give once the whole source is stored."""
 
-    def __init__(self, namespace: str, fields: _Fields) -> None:
+    def __init__(self, namespace: str, fields: Fields) -> None:
         texts = (fields.values.get("parent_event_id"), fields.values.get("root_event_id"))
         self._sources: dict[str, str] = {normal_event_id(namespace, text)[0]: text for text in texts if text}
 
@@ -461,17 +376,9 @@ def _own_id(event: NewEvent) -> str:
     return event.source_id or event.id
 
 
-def _stated_id(fields: _Fields) -> str | None:
-    return _label(fields.values.get("event_id"))
-
-
 def _event_id(namespace: str, text: bytes, stated: str | None, occurrence: int) -> tuple[str, str | None]:
-    event_id, source_id = event_id_of(namespace, stated or _digest_key(text), occurrence)
+    event_id, source_id = event_id_of(namespace, stated or digest_key(text), occurrence)
     return event_id, source_id if stated is not None else None
-
-
-def _digest_key(text: bytes) -> str:
-    return "text:" + blake2b(text, digest_size=20).hexdigest()
 
 
 def _digits_in(extra: bytes | None) -> str:
@@ -479,10 +386,6 @@ def _digits_in(extra: bytes | None) -> str:
         return ""
     found = msgspec.json.decode(extra, type=dict[str, msgspec.Raw]).get(DIGITS)
     return "" if found is None else msgspec.json.decode(found, type=str)
-
-
-def _label(value: Any) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= limits.ID_CHARS and is_well_formed(value) else None
 
 
 def _valid(check: Callable[[object], str], value: Any) -> str | None:
@@ -493,17 +396,14 @@ def _valid(check: Callable[[object], str], value: Any) -> str | None:
 
 
 __all__ = [
-    "CONTEXT",
     "DIGITS",
     "KIND",
     "UNNAMED",
     "UNREADABLE",
-    "Identity",
     "Known",
     "Originals",
     "Parts",
     "event_id_of",
-    "identity_of",
     "rebuild",
     "referring",
     "split",

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from holdfast.ops.embedded.form import KIND, Parts, identity_of, split
+from holdfast.ops.embedded.form import KIND, Parts, split
+from holdfast.ops.embedded.reading import identity_of
 from holdfast.ops.embedded.source import EmbeddedSource, Item
 from holdfast.ops.embedded.survey import IdSet, Survey, survey
 from holdfast.schemas import limits
@@ -130,7 +131,7 @@ class Migration:
         source: EmbeddedSource,
         *,
         recent_s: float = RECENT_S,
-        on_step: Callable[[int, str], None] = lambda *_: None,
+        on_step: Callable[[int, str], None] = lambda _number, _text: None,
         on_progress: Callable[[MigrationCounts], None] = lambda _: None,
         on_whole: Callable[[Place], None] = lambda _: None,
     ) -> None:

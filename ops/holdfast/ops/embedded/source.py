@@ -12,7 +12,7 @@ from typing import Final, Protocol, cast
 import msgspec
 
 from holdfast.ops.embedded import holes
-from holdfast.ops.embedded.form import CONTEXT
+from holdfast.ops.embedded.reading import CONTEXT
 from holdfast.ops.traces.detect import first_keys
 from holdfast.ops.traces.sources import Source
 from holdfast.schemas import limits

@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 import msgspec
 
-from holdfast.ops.embedded.form import identity_of
+from holdfast.ops.embedded.reading import identity_of
 from holdfast.ops.embedded.source import Item
 
 
