@@ -183,9 +183,9 @@ class EventReader:
             request["receipts"] = True
         left = limit
         while left is None or left > 0:
-            answer = await self._resolver.call(
-                endpoint, request | {"limit": _PAGE if left is None else min(left, _PAGE)}
-            )
+            # Each page of a tree costs a walk over all of it: few large ones.
+            most = QUERY_LIMIT_MAX if left is None else min(left, QUERY_LIMIT_MAX)
+            answer = await self._resolver.call(endpoint, request | {"limit": most})
             for item in answer["events"]:
                 yield msgspec.convert(item, Event)
             if answer["cursor"] is None:

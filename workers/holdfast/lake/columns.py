@@ -47,7 +47,7 @@ COMPACTED_ROWS_PER_GROUP: Final = 4_000
 COMPACTED_BODY_BYTES_PER_GROUP: Final = 3 * 1024 * 1024
 """Most bytes of bodies in one; a look-up takes a fifth longer."""
 
-BLOOM_FALSE_POSITIVES: Final = 0.02
+BLOOM_FALSE_POSITIVES: Final = 0.025
 """How often a Bloom filter names a row group that does not hold the value (ADR 10): sizes are powers of two, and this
 is half the size of 0.01 for the rows of our groups."""
 

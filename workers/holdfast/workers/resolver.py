@@ -131,7 +131,7 @@ class Resolver:
         )
 
     async def resolve_batch(self, call: Call) -> None:
-        """``{"refs"}`` → ``{"contexts": {ref: …}, "not_found": [ref], "errors": {ref: …}, "next": [ref]}``.
+        """``{"refs"}`` → ``{"contexts": {ref: …}, "resolved_count", "not_found": [ref], "errors": {ref: …}, "next": [ref]}``.
 
         The answer ends before 900 KB; ``next`` then names the references that are left to ask for.
         """
@@ -171,7 +171,7 @@ class Resolver:
                 left = list(refs[position:])
                 break
             contexts[ref] = msgspec.Raw(encoded)
-        answer: dict[str, object] = {"contexts": contexts, "not_found": not_found}
+        answer: dict[str, object] = {"contexts": contexts, "resolved_count": len(contexts), "not_found": not_found}
         if errors:
             answer["errors"] = errors
         if left:

@@ -33,6 +33,7 @@ class LiveCounts(msgspec.Struct, frozen=True):
     agents: int
     correlations: int
     sessions: int
+    trees: int
     oldest_event_ms: int | None
     newest_event_ms: int | None
 
@@ -44,6 +45,7 @@ def count_live(lake: LakeConnection) -> LiveCounts:
             SELECT count(*) FROM (SELECT arg_max(op, version) AS op FROM key_versions GROUP BY namespace, key)
             WHERE op NOT IN ('delete', 'expire')
         ), count(*), count(DISTINCT agent_id), count(DISTINCT correlation_id), count(DISTINCT session_id),
+            count(DISTINCT coalesce(root_event_id, event_id)),
             epoch_ms(min(stored_at)), epoch_ms(max(stored_at))
         FROM events"""
     ).fetchone()
@@ -80,6 +82,7 @@ async def collect_stats(
             "agents": live.agents,
             "correlations": live.correlations,
             "sessions": live.sessions,
+            "trees": live.trees,
             "oldest_event": None if live.oldest_event_ms is None else iso_from_ms(live.oldest_event_ms),
             "newest_event": None if live.newest_event_ms is None else iso_from_ms(live.newest_event_ms),
         },

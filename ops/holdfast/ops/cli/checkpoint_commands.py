@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 File = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[FILE]",
+        metavar="FILE",
         help="A checkpoint; without one, the newest in $HOLDFAST_CHECKPOINTS or ./holdfast-checkpoints.",
         show_default=False,
     ),
@@ -32,7 +32,18 @@ _WIDTH: Final = 10
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
-    group = typer.Typer(add_completion=False, no_args_is_help=True, help="Capture and restore the hot state.")
+    group = typer.Typer(add_completion=False)
+    command(
+        group,
+        "checkpoint",
+        examples=(
+            "holdfast checkpoint save before.checkpoint",
+            "holdfast checkpoint show before.checkpoint --json",
+            "holdfast checkpoint restore before.checkpoint --data ./elsewhere",
+            "holdfast checkpoint verify before.checkpoint --data ./elsewhere",
+        ),
+        default_of_group=True,
+    )(checkpoint)
     command(
         group,
         "save",
@@ -64,12 +75,17 @@ def register(app: typer.Typer) -> None:
     )(warm)
 
 
+async def checkpoint(invocation: Invocation) -> None:
+    """Capture the hot state in one file while the system runs, restore it elsewhere, and compare the two."""
+    invocation.show_help()
+
+
 async def save(
     invocation: Invocation,
     file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FILE]", help="Where to write; without one, a new name in that directory.", show_default=False
+            metavar="FILE", help="Where to write; without one, a new name in that directory.", show_default=False
         ),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Id of the checkpoint (the time).")] = None,

@@ -231,7 +231,11 @@ def _opening_error(context: Context) -> HoldfastError | None:
 
 
 def _unknown(namespace: str, ref: str) -> NotFoundError:
-    return NotFoundError(f"no context {ref} in namespace {namespace!r}", field="ref")
+    return NotFoundError(
+        f"no context {ref} in namespace {namespace!r}",
+        field="ref",
+        hint="it may have expired, or belong to another namespace",
+    )
 
 
 def context_json(context: Context) -> dict[str, Any]:

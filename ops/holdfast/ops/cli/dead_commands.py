@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     command(
         group,
         "dead",
-        examples=("holdfast dead", "holdfast dead --json", "holdfast dead show 17"),
+        examples=("holdfast dead", "holdfast dead --json", "holdfast dead show 17", "holdfast dead replay 17"),
         default_of_group=True,
     )(list_dead)
     command(
@@ -85,9 +85,9 @@ async def replay(
     invocation: Invocation,
     seq: Annotated[int, typer.Argument(min=1, help="Its sequence, as 'holdfast dead' lists it.")],
 ) -> None:
-    """Hand an event to the handler that gave it up once more.
+    """Hand an event once more to the handler that gave it up.
 
-    That handler alone is handed it, as if for the first time; when none of its name runs, it waits for one.  The letter
+    That handler alone is handed it, as if for the first time; when none of its name runs, it waits for one. The letter
     stays.
     """
     from holdfast.client.handler_control import redelivery_of

@@ -167,7 +167,7 @@ async def query(
     chosen = None if fields is None else [field.strip() for field in fields.split(",")]
     loaded = invocation.loaded
     rows: list[tuple[object, ...]] = []
-    left = limit
+    left, asked_from = limit, cursor
     async with open_system(loaded, ("resolver",)) as system, system.connect(loaded.settings.namespace) as hf:
         while left:
             asked = min(left, limits.QUERY_LIMIT_MAX)
@@ -191,8 +191,10 @@ async def query(
             left -= found
             if not found:
                 break
-    if not invocation.json:
+    if not invocation.json and rows:
         output.write_table(chosen or ("time", "event", "agent", "session", "context", "id"), rows)
+    elif not invocation.json:
+        output.remark("no events" if asked_from is None else "no events after that cursor")
     if not left and cursor is not None:
         output.remark(f"there may be more: --cursor {cursor}")
     return exit_codes.OK

@@ -293,9 +293,9 @@ def _progress(*, quiet: bool) -> Generator[Reporters]:
 
 def _write_counts(source: EmbeddedSource, counts: MigrationCounts) -> None:
     rate = counts.sent / counts.seconds if counts.seconds else 0
+    sent = f"{counts.sent:,} sent in {counts.seconds:.2f} s ({rate:,.0f} a second)"
     lines = (
-        f"{counts.events:,} events of {source.name}; "
-        f"{counts.sent:,} sent in {counts.seconds:.2f} s ({rate:,.0f} a second)",
+        f"{counts.events:,} events of {source.name}; {sent}",
         f"  new       {counts.new:,}, recent {counts.hot:,}, older {counts.cold:,}, stored before {counts.resumed:,}",
         f"  contexts  {counts.contexts:,} distinct",
         f"  whole     {counts.whole:,}, of them unreadable {counts.unreadable:,}; repeated ids {counts.repeated:,}",

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 OrchestrationId = Annotated[str, typer.Argument(metavar="ID", help="Its id.")]
 OptimizationId = Annotated[str, typer.Argument(metavar="ID", help="Its id.")]
 State = Annotated[str, typer.Argument(metavar="STATE", help="Such as running, terminated; without a colon.")]
+RunState = Annotated[
+    str, typer.Argument(metavar="STATE", help="Such as initializing, optimizing, completed; without a colon.")
+]
 Agent = Annotated[str, typer.Option("--agent", "-a", help="Who tells of it.")]
 
 _SHORTEST_CLOCK_S = 100.0
@@ -151,7 +154,7 @@ async def history(invocation: Invocation, identity: OrchestrationId) -> None:
 async def capture_optimization(
     invocation: Invocation,
     identity: OptimizationId,
-    state: State,
+    state: RunState,
     payload: Annotated[
         str | None, typer.Argument(metavar="DATA", help="What the run works with, as JSON; - reads standard input.")
     ] = None,

@@ -42,7 +42,8 @@ WINDOW_EVENTS: Final = limits.BATCH_MESSAGES
 
 WINDOW_BYTES: Final = 4 * limits.MIB
 NOTED_EVERY: Final = 8
-"""Windows between two notes of the progress: a run that was cut short sends at most so many again."""
+"""Windows between two notes of the progress: a run that was cut short sends at most so many again.  More where others
+publish meanwhile: then a note lists where each window stands, and there is one for every eighth more of them."""
 
 RECENT_S: Final = 86_400.0
 KNOWN_FORMS: Final = 65_536
@@ -256,10 +257,11 @@ class Migration:
         counts.contexts = len(self._forms)
         self._on_progress(counts)
         self._noted += 1
-        if self._noted % NOTED_EVERY == 0:
+        if self._noted >= max(NOTED_EVERY, len(progress.stored) // 8):
             await self._note(progress)
 
     async def _note(self, progress: Progress) -> None:
+        self._noted = 0
         await save_progress(self._hf, self._source, progress)
         failpoint("migration.noted")
 

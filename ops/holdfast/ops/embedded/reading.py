@@ -103,12 +103,15 @@ def read_fields(text: bytes) -> Fields | str:
 
 
 def stated_id(fields: Fields) -> str | None:
+    """Returns the id that an event says it has, when it can be one."""
     return label(fields.values.get("event_id"))
 
 
 def digest_key(text: bytes) -> str:
+    """Returns what a text without an id of its own is known by."""
     return "text:" + blake2b(text, digest_size=20).hexdigest()
 
 
 def label(value: Any) -> str | None:
+    """Returns a value that can be an id of an event, a session and the like; None for any other."""
     return value if isinstance(value, str) and 0 < len(value) <= limits.ID_CHARS and is_well_formed(value) else None

@@ -133,6 +133,7 @@ class TableSource:
     def items_of(self, database: sqlite3.Connection) -> Iterator[Item]:
         """As :meth:`items`, over a database in hand."""
         columns = self.columns
+        chosen: tuple[str, ...]
         if columns.whole is not None:
             chosen = (columns.whole,)
         else:

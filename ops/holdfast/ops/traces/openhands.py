@@ -13,7 +13,8 @@ The body is the event.  Its own id stays there; a step without a cause in its se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final, cast
 
 from holdfast.ops.traces.causes import Facts, Place, checked, read_causes
@@ -57,10 +58,10 @@ class _Reader:
                 continue
             named = next((record[name] for name in _SESSIONS if isinstance(record.get(name), str | int)), None)
             session = str(named) if named is not None else f"openhands-{digest_of(iter([raw]))}"
-            for event in _flat(cast("list[Any]", events)):
-                yield self._place(line, lambda session=session: session, event)
+            for event in _flat(events):
+                yield self._place(line, partial(str, session), event)
 
-    def _place(self, line: int, session: Any, event: Any) -> Place:
+    def _place(self, line: int, session: Callable[[], str], event: object) -> Place:
         try:
             return line, checked(_facts(session(), event))
         except InputError as error:
@@ -73,15 +74,15 @@ class _Reader:
         return self._file_session
 
 
-def _flat(events: list[Any]) -> Iterator[Any]:
+def _flat(events: list[object]) -> Iterator[object]:
     for event in events:
         if isinstance(event, list):
-            yield from cast("list[Any]", event)
+            yield from cast("list[object]", event)
         else:
             yield event
 
 
-def _facts(session: str, event: Any) -> Facts:
+def _facts(session: str, event: object) -> Facts:
     record = object_or_none(event)
     if record is None or not ("action" in record or "observation" in record):
         raise InvalidFieldError("neither an action nor an observation", field="action")
