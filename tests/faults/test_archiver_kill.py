@@ -103,7 +103,7 @@ async def ask_in_vain(url: str, times: int) -> None:
     + [(point, (1, 5)) for point in ("lake.before_commit", "lake.after_commit")],
 )
 @pytest.mark.slow
-async def test_archiver_killed_at_any_point_loses_and_doubles_nothing(
+async def test_B05_archiver_killed_at_any_point_loses_and_doubles_nothing(
     quick_server: OwnServer, tmp_path: Path, point: str, hits: tuple[int, ...]
 ) -> None:
     url, settings = quick_server.url, archiving(tmp_path)
@@ -130,7 +130,7 @@ async def test_archiver_killed_at_any_point_loses_and_doubles_nothing(
 
 @pytest.mark.slow
 @pytest.mark.timeout(30 + 30 * KILLS)
-async def test_whole_system_killed_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
+async def test_B05_whole_system_killed_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Server and workers die together while a producer goes on; it sends again what was not acknowledged.
 
     For a longer run: ``HOLDFAST_TEST_KILLS=100 HOLDFAST_TEST_SEED=7 pytest -k random_moments``.

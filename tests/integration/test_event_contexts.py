@@ -283,7 +283,7 @@ async def test_B55_a_handler_stores_its_event_and_answers_with_the_reference(
     assert (event.context_ref, event.parent_event_id, event.data) == (answer["context_ref"], asked.event_id, {"n": 1})
 
 
-async def test_storing_an_event_again_never_replaces_it(
+async def test_B17_storing_an_event_again_never_replaces_it(
     hf: Holdfast, contexts: EventContextManager, url: str, namespace: str
 ) -> None:
     event = {"event_id": "e", "event_name": "n", "timestamp": AT, "data": {"a": 1, "b": [2]}, "agent_id": "a"}
@@ -415,7 +415,7 @@ async def test_B58_contexts_are_queried_by_what_their_events_say(
         await contexts.query_contexts(since=-5.0)
 
 
-async def test_the_chain_of_an_event_begins_with_its_root(hf: Holdfast, contexts: EventContextManager) -> None:
+async def test_B12_the_chain_of_an_event_begins_with_its_root(hf: Holdfast, contexts: EventContextManager) -> None:
     root = await hf.emit("a", context={"n": 1})
     event = await hf.emit("b", parent=root)
     with lineage.within(event):
@@ -434,7 +434,7 @@ async def test_the_chain_of_an_event_begins_with_its_root(hf: Holdfast, contexts
 # Carrying
 
 
-async def test_the_current_context_is_copied_and_restored(hf: Holdfast, contexts: EventContextManager) -> None:
+async def test_B62_the_current_context_is_copied_and_restored(hf: Holdfast, contexts: EventContextManager) -> None:
     event = await hf.emit("a", session="s")
     with lineage.within(event):
         saved = contexts.copy_current_context()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -285,6 +286,72 @@ async def test_what_a_handler_read_and_made_is_on_its_receipt(hf: Holdfast, hand
     assert b'"handler":"answering"' in told
     assert given.encode() in told
     assert made[0].encode() in told
+
+
+async def test_what_is_read_by_the_explicit_path_is_on_the_receipt_too(
+    hf: Holdfast, handlers: Handlers, namespace: str
+) -> None:
+    refs = [await hf.put({"n": n}) for n in range(3)]
+
+    @handlers.on("ask", name="reader")
+    async def work(event: Event, context: dict[str, Any]) -> None:
+        await hf.resolve(refs[0], lineage={**context, "budget": 3})
+        await hf.resolve_many(refs[1:], lineage=context, track=True)
+
+    await handlers.ready()
+    event = await hf.emit("ask")
+    await eventually(lambda: settled(handlers, "reader", 1))
+    [receipt] = await named(hf.connection, namespace, RECEIPT)
+    assert receipt.parent_event_id == event.event_id
+    assert [item["ref"] for item in json.loads(receipt.data or b"")["read"]] == refs
+
+
+async def test_an_idempotent_handler_of_receipts_is_not_handed_its_own_without_end(
+    hf: Holdfast, handlers: Handlers, namespace: str
+) -> None:
+    seen = Seen()
+
+    @handlers.on(RECEIPT, name="audit", idempotent=True)
+    async def audit(event: Event) -> None:
+        seen.add(event)
+
+    await handlers.ready()
+    ref = await hf.put({"n": 1})
+    async with hf.working_on(await hf.emit("a")):
+        await hf.resolve(ref)
+    await seen.wait()
+    # Its own receipts, if it wrote any, come before what is emitted now.
+    async with hf.working_on(await hf.emit("b")):
+        await hf.resolve(ref)
+    await seen.wait(2)
+    await eventually(lambda: settled(handlers, "audit", 2))
+    assert len(await named(hf.connection, namespace, RECEIPT)) == 2
+
+
+async def test_synchronous_handlers_run_as_many_at_once_as_is_said(hf: Holdfast, handlers: Handlers) -> None:
+    together = threading.Barrier(12)
+
+    @handlers.on("a", name="h", concurrency=12)
+    def work(event: Event) -> None:
+        together.wait(LIMIT_S)
+
+    await handlers.ready()
+    await asyncio.gather(*(hf.emit("a") for _ in range(12)))
+    await eventually(lambda: settled(handlers, "h", 12))
+    assert handlers.counters["h"].done == 12
+
+
+async def test_a_handler_answers_an_event_of_a_long_chain(hf: Holdfast, handlers: Handlers) -> None:
+    @handlers.on("turn", **QUICK)
+    async def work(event: Event) -> str:
+        return "heard"
+
+    await handlers.ready()
+    last = await hf.emit("begin")
+    for _ in range(LINEAGE_DEPTH):
+        last = await hf.emit("said", parent=last)
+    answer = await hf.request("turn", parent=last, timeout_s=LIMIT_S)
+    assert (answer.data, answer.event_depth, answer.root_event_id) == ("heard", LINEAGE_DEPTH + 2, last.root_event_id)
 
 
 # Failures
@@ -727,3 +794,31 @@ async def test_what_comes_on_the_reply_subject_is_an_answer_only_to_its_question
     await handlers.ready()
     assert (await handlers.request("ask", timeout_s=LIMIT_S)).data == "right"
     assert go_on.is_set()
+
+
+async def test_a_handler_that_is_cancelled_from_within_has_failed(hf: Holdfast, handlers: Handlers) -> None:
+    @handlers.on("a", name="h", max_deliver=2, timeout_s=LIMIT_S, **QUICK)
+    async def work(event: Event) -> None:
+        inner = asyncio.create_task(asyncio.sleep(60))
+        inner.cancel()
+        await inner
+
+    await handlers.ready()
+    with pytest.raises(HandlerError) as caught:
+        await hf.request("a", timeout_s=LIMIT_S)
+    assert "cancelled" in caught.value.message
+    assert handlers.counters["h"].again == 1
+
+
+async def test_who_stops_waiting_at_the_start_takes_nothing_from_the_others(hf: Holdfast) -> None:
+    @hf.on("a")
+    async def work(event: Event) -> str:
+        return "done"
+
+    emitting = asyncio.create_task(hf.emit("other"))
+    await asyncio.sleep(0)  # it waits for the handler's consumer
+    emitting.cancel()
+    await asyncio.gather(emitting, return_exceptions=True)
+    await asyncio.wait_for(hf.ready(), LIMIT_S)
+    assert (await hf.request("a", timeout_s=LIMIT_S)).data == "done"
+

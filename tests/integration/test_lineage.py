@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from holdfast.client import DepthLimitError, Event, Holdfast, connect, lineage
+from holdfast.client.handler_runner import event_of_row
 from holdfast.schemas.errors import InvalidFieldError
 from holdfast.schemas.ids import new_event_id, normal_event_id
 from holdfast.schemas.limits import LINEAGE_DEPTH
 from tests.integration.test_events import rows_of
+from tests.support import plain_client
 
 if TYPE_CHECKING:
     from holdfast.streams.connection import Connection
@@ -233,3 +237,64 @@ async def test_what_an_idempotent_handler_emits_twice_is_stored_once(hf: Holdfas
     rows = [row for row in await rows_of(connection, hf.namespace) if row.name == "child"]
     assert {row.id for row in rows} == ids[0]
     assert len(rows) == 3
+
+
+async def test_an_idempotent_handler_begins_a_tree_of_its_own_once(hf: Holdfast, connection: Connection) -> None:
+    worked_on = await hf.emit("root")
+    began: list[Event] = []
+    for _ in range(2):
+        with lineage.enter(lineage.of(worked_on), mint=lineage.IdMint(hf.namespace, "handler", worked_on.event_id)):
+            began.append(await hf.emit("begun", {"n": 1}, lineage={}))
+    assert began[0].event_id == began[1].event_id
+    assert {(event.root_event_id, event.parent_event_id, event.event_depth) for event in began} == {
+        (began[0].event_id, None, 0)
+    }
+    [row] = [row for row in await rows_of(connection, hf.namespace) if row.name == "begun"]
+    assert (row.id, row.root_event_id) == (began[0].event_id, began[0].event_id)
+
+
+async def test_an_idempotent_handler_keeps_equal_children_of_several_parents_apart_in_whatever_order(
+    hf: Holdfast, connection: Connection
+) -> None:
+    root = await hf.emit("root")
+    parents = [await hf.emit("part", parent=root) for _ in range(2)]
+    # The second run comes to them in another order, as tasks do.
+    for order in (parents, parents[::-1]):
+        with lineage.enter(lineage.of(root), mint=lineage.IdMint(hf.namespace, "handler", root.event_id)):
+            for parent in order[: 1 if order is parents else 2]:
+                await hf.emit("done", {"ok": True}, parent=parent)
+    rows = [row for row in await rows_of(connection, hf.namespace) if row.name == "done"]
+    assert sorted(row.parent_event_id or "" for row in rows) == sorted(parent.event_id for parent in parents)
+
+
+async def test_an_idempotent_handler_keeps_the_time_it_gives(hf: Holdfast, connection: Connection) -> None:
+    root, at = await hf.emit("root"), datetime(2024, 5, 1, 12, 0, tzinfo=UTC)
+    for _ in range(2):
+        with lineage.enter(lineage.of(root), mint=lineage.IdMint(hf.namespace, "handler", root.event_id)):
+            emitted = await hf.emit("measured", {"n": 1}, timestamp=at)
+            assert emitted.timestamp == at
+    [row] = [row for row in await rows_of(connection, hf.namespace) if row.name == "measured"]
+    assert row.timestamp_ms == int(at.timestamp() * 1000)
+
+
+async def test_attributes_never_stand_in_for_what_an_event_does_not_say_and_both_paths_agree(
+    hf: Holdfast, connection: Connection, namespace: str, nats_server: str
+) -> None:
+    stranger = "0198c3a1-7c3e-7d52-9b1f-0d6a2f4e8b11"
+    attributes = {
+        "session_id": 5, "_correlation_id": "hidden", "root_event_id": stranger, "traceparent": 7, "context_ref": "x",
+        "_ksi_context_ref": [], "mood": "calm",
+    }  # fmt: skip
+    message = json.dumps({"parent_event_id": stranger, "attributes": attributes}).encode()
+    async with plain_client(nats_server) as client:
+        await client.jetstream().publish(f"ctx.{namespace}.event.agent.raw", message)
+    [row] = await rows_of(connection, namespace)
+    event = event_of_row(row)
+    assert lineage.of(event).items() >= {"mood": "calm", "parent_event_id": stranger}.items()
+    assert not {"session_id", "correlation_id", "root_event_id", "_correlation_id"} & lineage.of(event).keys()
+    with lineage.within(event):
+        implicit = await hf.emit("child")
+    explicit = await hf.emit("child", lineage=lineage.of(event))
+    for child in (implicit, explicit):
+        assert (child.parent_event_id, child.root_event_id) == (row.id, None)
+        assert (child.session_id, child.correlation_id, child.attributes) == (None, None, {"mood": "calm"})

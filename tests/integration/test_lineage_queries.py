@@ -422,7 +422,7 @@ async def test_B26_B27_B94_one_request_resolves_many_references_hot_and_cold(
         **{ref: {"body": {"cold": n}, "tier": "lake"} for n, ref in enumerate(cold)},
         **{ref: {"body": {"hot": n}, "tier": "hot"} for n, ref in enumerate(hot)},
     }
-    assert answer["not_found"] == [missing]
+    assert (answer["resolved_count"], answer["not_found"]) == (6, [missing])
     assert (await reader.call("resolve", {"ref": cold[0]}))["body"] == {"cold": 0}
     with pytest.raises(NotFoundError):
         await reader.call("resolve", {"ref": missing})
@@ -435,7 +435,7 @@ async def test_B29_B30_stats_count_each_thing_once(hf: Holdfast, reader: Reader,
     await hf.emit("e", parent=first, agent=hf.namespace)
     for _ in ("hot", "archived and hot"):
         now = await hf.stats()
-        for name, more in (("total", 2), ("agents", 1), ("correlations", 1)):
+        for name, more in (("total", 2), ("agents", 1), ("correlations", 1), ("trees", 1)):
             assert now["events"][name] == before["events"][name] + more, name
         assert now["contexts"]["total"] == before["contexts"]["total"] + 1
         assert now["contexts"]["archived"] + now["contexts"]["unarchived"] == now["contexts"]["total"]

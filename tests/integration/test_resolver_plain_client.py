@@ -89,7 +89,7 @@ async def make_cold(control: Connection) -> None:
 # The script of "Done when": what a user without the SDK does.
 
 
-async def test_a_plain_client_publishes_an_inline_context_finds_it_and_gets_its_body(url: str) -> None:
+async def test_B07_B15_B69_a_plain_client_publishes_an_inline_context_finds_it_and_gets_its_body(url: str) -> None:
     async with plain_client(url) as nc:
         body = {"goal": "book a flight", "steps": [1, 2.50, None, "é"]}
         await nc.jetstream().publish(
@@ -109,7 +109,7 @@ async def test_a_plain_client_publishes_an_inline_context_finds_it_and_gets_its_
         assert json.loads(info.data)["name"] == "holdfast"
 
 
-async def test_service_is_discoverable(plain: Plain) -> None:
+async def test_B07_the_service_is_discoverable(plain: Plain) -> None:
     for verb in ("PING", "INFO", "STATS"):
         reply = await plain.client.request(f"$SRV.{verb}.holdfast", b"", timeout=20)
         answer = json.loads(reply.data)
@@ -125,7 +125,7 @@ async def test_service_is_discoverable(plain: Plain) -> None:
 
 
 @pytest.mark.parametrize("is_cold", [False, True])
-async def test_put_and_resolve_have_the_stated_fields(plain: Plain, control: Connection, is_cold: bool) -> None:
+async def test_B26_put_and_resolve_have_the_stated_fields(plain: Plain, control: Connection, is_cold: bool) -> None:
     ref = await plain.put({"b": 1, "a": [1.50, "ü"]}, kind="completion")
     if is_cold:
         await make_cold(control)
@@ -162,7 +162,7 @@ async def test_text_and_bytes_come_back_as_they_were_put(plain: Plain, control: 
         await make_cold(control)
 
 
-async def test_put_of_an_equal_context_gives_the_same_reference(plain: Plain) -> None:
+async def test_B52_put_of_an_equal_context_gives_the_same_reference(plain: Plain) -> None:
     assert await plain.put({"a": 1}) == await plain.put({"a": 1})
     assert await plain.put({"a": 1}) != await plain.put({"a": 1}, kind="other")
 
@@ -173,7 +173,7 @@ async def test_sdk_and_service_agree_on_references(plain: Plain, url: str) -> No
     assert (await plain.call("put", b'{"kind": "note", "body": {"a":1,"b":[true]}}'))["ref"] == ref
 
 
-async def test_fields_limit_the_answer(plain: Plain) -> None:
+async def test_B26_B27_fields_limit_the_answer(plain: Plain) -> None:
     ref = await plain.put({"long": "x" * 1000})
     assert set(await plain.call("resolve", {"ref": ref, "fields": ["ref", "size"]})) == {"ref", "size"}
     batch = await plain.call("resolve_batch", {"refs": [ref], "fields": ["kind"]})
@@ -215,14 +215,14 @@ async def test_a_large_body_is_refused_by_resolve_with_the_limit_and_the_way_out
 
 
 @pytest.mark.parametrize("is_cold", [False, True])
-async def test_a_batch_of_a_thousand_tells_found_from_missing(plain: Plain, url: str, is_cold: bool) -> None:
+async def test_B27_B94_a_batch_of_a_thousand_tells_found_from_missing(plain: Plain, url: str, is_cold: bool) -> None:
     async with connect(url, plain.namespace) as hf:
         refs = await hf.put_many([{"n": n} for n in range(990)])
         if is_cold:
             await make_cold(hf.connection)
     unknown = [f"ctx_note_{'a' * 31}{letter}" for letter in "abcdefghij"]
     answer = await plain.call("resolve_batch", {"refs": [*unknown, *refs]})
-    assert answer["not_found"] == unknown
+    assert (answer["resolved_count"], answer["not_found"]) == (990, unknown)
     assert {ref: context["body"] for ref, context in answer["contexts"].items()} == {
         ref: {"n": n} for n, ref in enumerate(refs)
     }
@@ -270,7 +270,7 @@ async def test_a_batch_makes_progress_whatever_is_first_in_it(plain: Plain, url:
 # query
 
 
-async def test_query_answers_with_the_stated_fields(plain: Plain) -> None:
+async def test_B28_query_answers_with_the_stated_fields(plain: Plain) -> None:
     parent, child = new_event_id(), new_event_id()
     await plain.emit("a.start", {"id": parent, "session_id": "s", "timestamp": "2026-01-31T09:30:00.125Z"})
     await plain.emit(
@@ -316,7 +316,7 @@ async def test_query_answers_with_the_stated_fields(plain: Plain) -> None:
 
 
 @pytest.mark.parametrize("is_cold", [False, True])
-async def test_each_condition_selects_and_all_must_hold(plain: Plain, control: Connection, is_cold: bool) -> None:
+async def test_B28_each_condition_selects_and_all_must_hold(plain: Plain, control: Connection, is_cold: bool) -> None:
     chosen = new_event_id()
     await plain.emit("a.x", {"session_id": "s1", "correlation_id": "c1", "id": chosen, "context": 1})
     await plain.emit("a.y", {"session_id": "s2", "correlation_id": "c1", "context": 2, "context_kind": "plan"})
@@ -346,7 +346,7 @@ async def test_each_condition_selects_and_all_must_hold(plain: Plain, control: C
     assert await count(until=event["stored_at"]) == 0
 
 
-async def test_query_has_a_default_limit_and_a_cursor(plain: Plain) -> None:
+async def test_B28_query_has_a_default_limit_and_a_cursor(plain: Plain) -> None:
     for n in range(25):
         await plain.emit("a.x", {"data": n})
     first = await plain.call("query", {})
@@ -401,12 +401,12 @@ async def test_a_page_over_the_limit_of_a_reply_is_cut_short_and_continued(plain
 # stats and health
 
 
-async def test_stats_and_health_have_the_stated_fields(plain: Plain, control: Connection) -> None:
+async def test_B29_B30_stats_and_health_have_the_stated_fields(plain: Plain, control: Connection) -> None:
     await plain.put({"n": new_event_id()})
     await plain.emit("a.x", {})
     await put_version(control, plain.namespace, "k", 1)
     stats = await plain.call("stats", {})
-    assert set(stats) == {"hot", "contexts", "events", "keys", "lake", "watermarks", "dead"}
+    assert set(stats) == {"hot", "contexts", "events", "keys", "lake", "watermarks", "handlers", "dead"}
     assert set(stats["hot"]) == {"contexts", "bytes"}
     assert stats["events"]["unarchived"] >= 1
     assert stats["keys"]["live"] >= 1

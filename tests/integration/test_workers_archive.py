@@ -150,7 +150,7 @@ async def _is_new(hf: Holdfast, event: NewEvent) -> bool:
 
 
 @pytest.mark.parametrize("in_one_run", [True, False])
-async def test_one_id_with_another_content_is_a_dead_letter_and_the_first_stays(
+async def test_B17_one_id_with_another_content_is_a_dead_letter_and_the_first_stays(
     server: OwnServer, settings: WorkerSettings, in_one_run: bool
 ) -> None:
     identity = new_event_id()
@@ -271,7 +271,7 @@ async def test_rows_are_the_same_whoever_reads_them(server: OwnServer, settings:
 # Purging
 
 
-async def test_purge_goes_by_age_and_never_beyond_the_watermark(tmp_path: Path) -> None:
+async def test_B05_B08_purge_goes_by_age_and_never_beyond_the_watermark(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, duplicate_window_s=0.1)
     async with (
         own_server(tmp_path, duplicate_window_s=0.1) as server,
@@ -316,7 +316,7 @@ async def test_key_versions_are_not_purged(tmp_path: Path, server: OwnServer) ->
         assert await _messages(hf, KEYS_STREAM, 1)
 
 
-async def test_the_hot_tier_is_bounded_by_count(tmp_path: Path, server: OwnServer) -> None:
+async def test_B08_the_hot_tier_is_bounded_by_count(tmp_path: Path, server: OwnServer) -> None:
     settings = settings_in(tmp_path, archive_interval_s=0.02, purge_interval_s=0.02, hot_messages=30)
     async with running(server.url, settings, ["archiver", "resolver"]), connect(server.url, cache_bytes=0) as hf:
         refs = await hf.put_many([{"n": n} for n in range(100)])

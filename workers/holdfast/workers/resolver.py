@@ -131,7 +131,7 @@ class Resolver:
         )
 
     async def resolve_batch(self, call: Call) -> None:
-        """``{"refs"}`` → ``{"contexts": {ref: …}, "resolved_count", "not_found": [ref], "errors": {ref: …}, "next": [ref]}``.
+        """``{"refs"}`` → ``{"contexts": {ref: …}, "resolved_count", "not_found": [ref], "errors": {ref: …}, "next"}``.
 
         The answer ends before 900 KB; ``next`` then names the references that are left to ask for.
         """
@@ -281,7 +281,7 @@ async def run_resolver(
                 endpoints=resolver.endpoints()
                 | keys.endpoints()
                 | LineageEndpoints(sql, inline).endpoints()
-                | ReceiptEndpoints(sql).endpoints()
+                | ReceiptEndpoints(sql, inline).endpoints()
                 | ConversationEndpoints(sql, inline).endpoints()
                 | snapshots.endpoints()
                 | WarmEndpoints(lake, index, sql).endpoints(),

@@ -23,6 +23,7 @@ from holdfast.workers.requests import event_id_of, event_reply
 
 if TYPE_CHECKING:
     from holdfast.lake.duck import Connection as LakeConnection
+    from holdfast.workers.interning import InlineContexts
     from holdfast.lake.scan import EventPage
     from holdfast.schemas.rows import EventRow
     from holdfast.workers.sql_runner import SqlRunner
@@ -44,8 +45,9 @@ _RECEIPTS: Final = msgspec.json.Decoder(ReceiptsRequest)
 class ReceiptEndpoints:
     """Tells what was read and made in working on events, by the views over hot and cold."""
 
-    def __init__(self, sql: SqlRunner) -> None:
+    def __init__(self, sql: SqlRunner, inline: InlineContexts) -> None:
         self._sql = sql
+        self._inline = inline
 
     def endpoints(self) -> dict[str, tuple[str, Handler]]:
         """Returns every endpoint: name → (subject, handler)."""
@@ -87,6 +89,7 @@ class ReceiptEndpoints:
         kept = {row.parent_event_id for row in page.events}
         worked_on = [row for row in worked_on if row.id in kept]
         beside, _ = fitting(worked_on, size, at_least=0)
+        await self._inline.intern_ahead([*page.events, *worked_on])
         answer = {
             "events": encoded,
             "worked_on": beside,

@@ -15,6 +15,7 @@ from holdfast.schemas.rows import TABLES, Position, Table
 from holdfast.streams.topology import StreamInfo, stream_info
 from holdfast.streams.wire import DEAD_STREAM, STREAM_OF_TABLE
 from holdfast.workers.control import archiver_status
+from holdfast.workers.handler_floors import stats_of_handlers
 
 if TYPE_CHECKING:
     from holdfast.lake.duck import Connection as LakeConnection
@@ -55,7 +56,7 @@ def count_live(lake: LakeConnection) -> LiveCounts:
 async def collect_stats(
     connection: Connection, lake: Lake, counts: Callable[[], Awaitable[LiveCounts]]
 ) -> dict[str, Any]:
-    """Returns ``{"hot", "contexts", "events", "keys", "lake", "watermarks", "dead"}``.
+    """Returns ``{"hot", "contexts", "events", "keys", "lake", "watermarks", "handlers", "dead"}``.
 
     Each count is exact when asked for, of all namespaces.  ``hot`` and ``lake`` say what each tier holds, and much is
     in both; ``contexts`` counts once: ``archived``, and ``unarchived`` messages, of which a large body has several.
@@ -103,6 +104,7 @@ async def collect_stats(
             }
             for table in TABLES
         },
+        "handlers": await stats_of_handlers(connection),
         "dead": dead.messages,
     }
 

@@ -85,7 +85,9 @@ async def save(
     file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="FILE", help="Where to write; without one, a new name in that directory.", show_default=False
+            metavar="FILE",
+            help="Where to write; without one, a new file in $HOLDFAST_CHECKPOINTS or ./holdfast-checkpoints.",
+            show_default=False,
         ),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Id of the checkpoint (the time).")] = None,

@@ -37,6 +37,11 @@ def _lines(answer: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
         path = f"{prefix} {name}".strip()
         if isinstance(value, dict):
             yield from _lines(cast("dict[str, Any]", value), path)
+        elif isinstance(value, list):
+            # Only what works on events: one line each, how it stands.
+            for item in cast("list[dict[str, Any]]", value):
+                about = ", ".join(f"{count:,} {what}" for what, count in item.items() if isinstance(count, int))
+                yield f"{path} {item['namespace']}/{item['name']}", about
         elif isinstance(value, int) and not isinstance(value, bool):
             yield path, format_bytes(value) if name == "bytes" else f"{value:,}"
         else:
