@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -822,3 +823,30 @@ async def test_who_stops_waiting_at_the_start_takes_nothing_from_the_others(hf: 
     await asyncio.wait_for(hf.ready(), LIMIT_S)
     assert (await hf.request("a", timeout_s=LIMIT_S)).data == "done"
 
+
+
+async def test_results_that_are_no_answers_are_not_kept(hf: Holdfast, handlers: Handlers) -> None:
+    told = Seen()
+
+    @handlers.on("part")
+    async def part(event: Event) -> dict[str, str]:
+        return {"text": "x" * 1_000}
+
+    @handlers.on("part:result", name="seen")
+    async def seen(event: Event) -> None:
+        told.add(event)
+
+    @handlers.on("whole")
+    async def whole(event: Event) -> int:
+        for _ in range(20):
+            await hf.emit("part")  # the client that asked for the whole is told of each
+        await told.wait(20)
+        return 20
+
+    await handlers.ready()
+    assert (await hf.request("whole", timeout_s=LIMIT_S)).data == 20
+    await hf.connection.client.flush()
+    told.events.clear()
+    gc.collect()
+    kept = [found for found in gc.get_objects() if isinstance(found, Event) and found.namespace == hf.namespace]
+    assert not [event for event in kept if event.name == "part:result"]

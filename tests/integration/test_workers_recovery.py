@@ -431,7 +431,9 @@ async def test_health_answers_while_a_commit_is_under_way(server: OwnServer, set
         assert workers.counters()["archiver"]["contexts_rows"] == 20_000
 
 
-async def test_B05_B30_an_unwritable_lake_is_told_and_mended_by_itself(server: OwnServer, settings: WorkerSettings) -> None:
+async def test_B05_B30_an_unwritable_lake_is_told_and_mended_by_itself(
+    server: OwnServer, settings: WorkerSettings
+) -> None:
     async with running(server.url, settings, BOTH), connect(server.url) as hf:
         await flush(hf.connection)
         folder = settings.lake / "events" / "_tmp"

@@ -107,20 +107,31 @@ def place_event(
     return Placed(event, context, path, overridden=path == "explicit" and scope is not None)
 
 
-def minted(event: NewEvent, scope: Scope | None) -> NewEvent:
+def minted(event: NewEvent, scope: Scope | None, *, is_timed: bool = False) -> NewEvent:
     """Returns the event with the id that its content has in the handler it comes from, if that one is idempotent.
 
-    It then has no time of its own: what is repeated must say the same each time.
+    It then has no time of its own, unless the handler gave one (``is_timed``), which is part of its content: what is
+    repeated must say the same each time.
     """
-    if scope is None or scope.mint is None or event.parent_event_id is None:
+    if scope is None or scope.mint is None:
         return event
     texts = (event.name, event.agent_id, event.session_id, event.correlation_id, event.context_ref, event.originator)
     content = [(text or "").encode() for text in texts]
+    # Equal children of several parents are different content, whichever is emitted first.
+    content.append((event.parent_event_id or "").encode())
+    at_ms = event.timestamp_ms if is_timed else None
+    content.append(b"" if at_ms is None else str(at_ms).encode())
     content.append(b"" if event.data is None else encode_json(event.data, field="data"))
     content.append(b"" if event.attributes is None else encode_json(event.attributes, field=ATTRIBUTES))
     identity = scope.mint.next(content)
     trace = None if event.traceparent is None else continued_trace(event.traceparent, identity)
-    return msgspec.structs.replace(event, id=identity, timestamp_ms=None, traceparent=trace)
+    root_id = identity if event.parent_event_id is None else event.root_event_id
+    return msgspec.structs.replace(event, id=identity, root_event_id=root_id, timestamp_ms=at_ms, traceparent=trace)
+
+
+def is_under(lineage: Mapping[str, Any] | None, scope: Scope) -> bool:
+    """Whether a lineage in explicit form, or none, is that of the event that is worked on."""
+    return lineage is None or from_dict(lineage).get("event_id") == scope.context.get("event_id")
 
 
 def event_of(event: NewEvent) -> Event:

@@ -47,6 +47,7 @@ class Requests:
         self._stop: Callable[[], Awaitable[None]] | None = None
         self._opening = asyncio.Lock()
         self._waiting: dict[str, asyncio.Future[Event]] = {}
+        self._asking = 0
         self._early: dict[str, Event] = {}
 
     async def request(self, name: str, data: Any, *, timeout_s: float, options: dict[str, Any]) -> Event:
@@ -60,9 +61,15 @@ class Requests:
                 subject = reply_subject(self._hf.namespace, self._client_id)
                 self._stop = await listen(self._hf.connection, subject, self._receive)
         named: dict[str, Any] = {"originator": self._hf.agent, **options, "client": self._client_id}
-        asked = await self._hf.emit(name, data, **named)
         future: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-        early = self._early.pop(asked.event_id, None)
+        self._asking += 1
+        try:
+            asked = await self._hf.emit(name, data, **named)
+            early = self._early.pop(asked.event_id, None)
+        finally:
+            self._asking -= 1
+            if not self._asking:
+                self._early.clear()
         self._waiting[asked.event_id] = future
         if early is not None:
             self._arrived(early)
@@ -106,6 +113,8 @@ class Requests:
             return
         future = self._waiting.get(asked)
         if future is None:
+            if not self._asking:
+                return
             self._early[asked] = outcome
             if len(self._early) > _EARLY:
                 del self._early[next(iter(self._early))]

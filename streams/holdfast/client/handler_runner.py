@@ -96,6 +96,8 @@ class HandlerRunner:
             hf.connection, EVENTS_STREAM, self.consumer, consumer_options(hf.namespace, options)
         )
         self._resolver = ResolverClient(hf.connection, hf.namespace)
+        # Of its own: those that the event loop shares are few, and others wait for them too.
+        self._threads = None if self._is_async else lineage.ThreadPool(options.concurrency, "holdfast-handler")
         self._running: set[asyncio.Task[None]] = set()
         self._in_hand: set[str] = set()
         self._done: dict[str, None] = {}
@@ -128,6 +130,8 @@ class HandlerRunner:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _take(self) -> None:
         while len(self._running) >= self.options.concurrency:
@@ -249,12 +253,11 @@ class HandlerRunner:
                 await self._result(event, returned)
         failpoint("handler.after_result")
         record = Record() if recorder is None else recorder.record()
-        if options.idempotent:
-            mark = receipt_mark(event.namespace, options.name, event.event_id)
+        mark = receipt_mark(event.namespace, options.name, event.event_id) if options.idempotent else None
+        if event.name != RECEIPT:  # the receipt of a receipt would have one in its turn
             await self._hf.receipts.write(context, record, handler=options.name, receipt_id=mark)
+        if mark is not None:
             self._remember(mark)
-        elif event.name != RECEIPT:  # the receipt of a receipt would have one in its turn
-            await self._hf.receipts.write(context, record, handler=options.name)
 
     async def _call(self, event: Event, context: dict[str, Any]) -> Any:
         arguments = (event, context) if self._takes_context else (event,)
@@ -264,8 +267,15 @@ class HandlerRunner:
                 if self._is_async:
                     return await self._function(*arguments)
                 # In a thread, under this lineage; a time limit cannot end it there.
-                returned = await asyncio.to_thread(self._function, *arguments)
+                loop = asyncio.get_running_loop()
+                returned = await loop.run_in_executor(self._threads, self._function, *arguments)
                 return await returned if inspect.isawaitable(returned) else returned
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancels this attempt: what it waited for was cancelled, and that is a failure like any other.
+            raise RuntimeError("what the handler waited for was cancelled") from error
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -276,7 +286,9 @@ class HandlerRunner:
 
     async def _result(self, event: Event, returned: object) -> None:
         data = msgspec.json.decode(encode_json(returned, field="result"))
-        await self._tell(event, await self._hf.emit(f"{event.name}:{RESULT}", data))
+        # Named as the parent: an event of a long chain, such as a conversation's, is answered too.  No loop is made of
+        # results alone, since each has a longer name.
+        await self._tell(event, await self._hf.emit(f"{event.name}:{RESULT}", data, parent=event))
 
     async def _tell(self, event: Event, outcome: Event) -> None:
         """Tells a waiting client of an event that is stored; one that is not reached asks for it by and by."""

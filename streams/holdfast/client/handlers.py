@@ -29,7 +29,7 @@ from holdfast.client.handler_policy import (
 )
 from holdfast.client.handler_requests import Requests
 from holdfast.client.handler_runner import HandlerCounters, HandlerRunner
-from holdfast.schemas.errors import InvalidNameError
+from holdfast.schemas.errors import InvalidNameError, UnavailableError
 from holdfast.streams.consumer import ACK_WAIT_S, Start, delete_consumer
 from holdfast.streams.wire import EVENTS_STREAM
 
@@ -145,7 +145,9 @@ class Handlers:
 
     async def begun(self) -> None:
         """Returns when no registration is under way any more, whatever came of it: :meth:`ready` tells that."""
-        await asyncio.gather(*self._opened.values(), return_exceptions=True)
+        # Not gather: who is cancelled while waiting would cancel what the others wait for.
+        if self._opened:
+            await asyncio.wait(self._opened.values())
 
     async def request(
         self,
@@ -184,7 +186,9 @@ class Handlers:
         await asyncio.gather(*(runner.stop_taking() for runner in runners))
         await asyncio.gather(*(runner.finish(timeout_s) for runner in runners))
         for opened in self._opened.values():
-            opened.cancel()
+            if not opened.done():
+                opened.set_exception(UnavailableError("the client is closing"))
+                opened.exception()  # nobody may be waiting: mark as retrieved
 
     def _register(self, options: HandlerOptions, function: Callable[..., Any]) -> None:
         if options.name in self._runners:

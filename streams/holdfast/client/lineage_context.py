@@ -36,6 +36,7 @@ HEADER_BYTES: Final = 8 * limits.KIB
 _TRACE_PARENT: Final = "traceparent"
 _UNDERSCORED: Final = {name: alias for alias, name in ALIASES.items()}
 _FIELD_SET: Final = frozenset(FIELDS)
+_RESERVED: Final = _FIELD_SET | ALIASES.keys()
 _TRACE: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _TEXT_FIELDS: Final = tuple(
     name for name in FIELDS if name not in ("event_depth", "timestamp", "context_ref", "traceparent")
@@ -45,9 +46,12 @@ _OBJECT: Final = msgspec.json.Decoder(dict[str, Any])
 
 def of_event(event: Event) -> Lineage:
     """Returns the lineage of an event: under it, whatever is emitted is a child of that event."""
-    attributes = event.attributes
-    # Attributes first: none of them hides what the event itself says.
-    lineage: Lineage = {**attributes, "event_id": event.event_id, "event_depth": event.event_depth}
+    # Any client may have written them: none hides, nor stands in for, what the event itself says or leaves out.
+    lineage: Lineage = {
+        name: value for name, value in event.attributes.items() if value is not None and name not in _RESERVED
+    }
+    lineage["event_id"] = event.event_id
+    lineage["event_depth"] = event.event_depth
     lineage["agent_id"] = event.agent_id
     lineage["timestamp"] = event.timestamp.timestamp()
     for name in _OPTIONAL:

@@ -12,7 +12,7 @@ import msgspec
 
 from holdfast.client.cold import ResolverClient, cold_chunks
 from holdfast.client.conversations import Conversation, Conversations, ConversationTracker
-from holdfast.client.emitting import Named, event_of, minted, moment_ms, place_event
+from holdfast.client.emitting import Named, event_of, is_under, minted, moment_ms, place_event
 from holdfast.client.encryption import seal_contexts
 from holdfast.client.event_reader import EventReader
 from holdfast.client.growing import GrowingBodies
@@ -256,7 +256,7 @@ class Holdfast(EventReader):
             ref, size = await self._context_ref(context, context_kind)
             event = msgspec.structs.replace(event, context_ref=ref)
         if event_id is None:
-            event = minted(event, scope)
+            event = minted(event, scope, is_timed=timestamp is not None)
         if self.handlers.pending:
             await self.handlers.begun()  # what this client emits is not to be missed by its own handlers
         await self._events.publish_many([event])
@@ -373,7 +373,7 @@ class Holdfast(EventReader):
         if track is False:
             return context
         scope = current_scope()
-        if lineage is None and scope is not None and scope.reads is not None:
+        if scope is not None and scope.reads is not None and is_under(lineage, scope):
             scope.reads.read(context.ref, context.stored_size)
         elif track:
             given = lineage if lineage is not None else None if scope is None else scope.context

@@ -37,11 +37,15 @@ class InlineContexts:
         """
         referring = [row for row in events if row.context_ref is not None]
         newest = max((row.seq for row in referring), default=0)
-        if newest == 0 or newest <= await self._ingested():
+        if newest == 0:
+            return
+        ingested = await self._ingested()
+        if newest <= ingested:
             return
         info = await stream_info(self._connection, EVENTS_STREAM)
         for row in referring:
-            if row.epoch != info.epoch or row.seq < info.first_seq:
+            # A round trip for each of the rest: these are those of the last moments alone.
+            if row.epoch != info.epoch or row.seq < info.first_seq or row.seq <= ingested:
                 continue
             message = await read_one(self._connection, info, row.seq)
             inline = None if message is None else decode_event(message).inline

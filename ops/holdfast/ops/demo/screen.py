@@ -208,6 +208,7 @@ class DemoScreen:
         lines = [
             (f"{program} demo --data ./demo-data", "the same, and the data stays"),
             (f"{program} sql --data {directory} 'FROM events LIMIT 5'", "ask it anything"),
+            *_lineage_line(story, program, directory),
             (f"{program} verify --data {directory}", "check every promise"),
             (f"{program} up", "a server and all workers, for agents of your own"),
             (f"{program} demo --traces PATH", "these figures on recorded traces"),
@@ -216,6 +217,12 @@ class DemoScreen:
         for command, meaning in lines if temporary else lines[1:]:
             grid.add_row(f"[cyan]{escape(command)}[/cyan]", f"[dim]{meaning}[/dim]")
         self.console.print(_indented(grid))
+
+
+def _lineage_line(story: Story, program: str, directory: str) -> list[tuple[str, str]]:
+    # References name content: the same ones come out of the next demo.
+    ref = next((step.event.context_ref for step in reversed(story.lineage) if step.event.context_ref), None)
+    return [] if ref is None else [(f"{program} lineage --data {directory} {ref}", "where that one comes from")]
 
 
 def _program() -> str:

@@ -220,24 +220,11 @@ async def _shown_events(hf: Holdfast, session: str | None) -> list[Event]:
 
 
 async def _lineage(hf: Holdfast, events: list[Event]) -> list[LineageStep]:
-    """The events from a root to the deepest of what was shown: a branch of a large tree, not all of it."""
-    shown = {event.event_id: event for event in events}
+    """The last events on the way from a root to the deepest of what was shown: a branch of a large tree."""
     last = max(events, key=lambda event: event.event_depth)
-    chain: list[Event] = []
-    step: Event | None = last
-    while step is not None and len(chain) < _MOST_SHOWN:
-        chain.append(step)
-        parent = step.parent_event_id
-        step = None
-        if parent is not None:
-            step = shown.get(parent)
-            if step is None:
-                async for found in hf.query(event_id=parent, limit=1):
-                    step = found
+    chain = (await hf.chain(last))[-_MOST_SHOWN:]
     contexts = (await hf.resolve_many(step.context_ref for step in chain if step.context_ref)).found
-    return [
-        LineageStep(step, gist_of(contexts[step.context_ref]) if step.context_ref else "") for step in reversed(chain)
-    ]
+    return [LineageStep(step, gist_of(contexts[step.context_ref]) if step.context_ref else "") for step in chain]
 
 
 def gist_of(context: Context) -> str:
