@@ -80,6 +80,8 @@ def test_B12_a_tree_is_drawn_with_the_event_asked_for_marked(holdfast: InProcess
         f"│   └── tool:answered  cli  +3s  depth 2  {ref_of(holdfast)}",
         "└── tool:called  cli  +2s  depth 1",
     ]
+    shown = holdfast("lineage", left, "--ids").out.splitlines()
+    assert [line.removesuffix("  ← asked for").split("  ")[-1] for line in shown] == family
     assert holdfast("lineage", "step-1").out.splitlines()[0] == "plan:made  planner  +0s  depth 0  ← asked for"
     holdfast("flush")
     lines = holdfast("lineage", right, "--json").lines

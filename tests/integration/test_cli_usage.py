@@ -13,7 +13,8 @@ from tests.command_line import CommandLine, InProcess, in_process
 COMMANDS = (
     "up", "worker", "demo", "import", "put", "resolve", "emit", "query", "sql", "flush", "evict", "stats", "health",
     "dead", "verify", "config", "accept-gap", "get", "set", "patch", "append", "history", "diff", "rollback", "rm",
-    "ls", "watch", "session", "policy", "cleanup", "archive-old-versions",
+    "ls", "watch", "session", "policy", "cleanup", "archive-old-versions", "lineage", "migrate", "export", "warm",
+    "checkpoint", "orchestration", "optimization", "job", "encryption",
 )  # fmt: skip
 
 

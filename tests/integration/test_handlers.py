@@ -14,8 +14,10 @@ import pytest
 import pytest_asyncio
 
 from holdfast.client import Event, Holdfast, connect, lineage
+from holdfast.client.handler_policy import consumer_name
 from holdfast.schemas.errors import (
     HandlerError,
+    HoldfastError,
     InvalidFieldError,
     InvalidNameError,
     UnavailableError,
@@ -23,6 +25,7 @@ from holdfast.schemas.errors import (
 from holdfast.schemas.ids import new_event_id
 from holdfast.schemas.limits import LINEAGE_DEPTH
 from holdfast.schemas.lineage import RECEIPT
+from holdfast.streams.connection import ApiError, ApiFailure
 from holdfast.streams.consumer import ConsumerOptions, DurableConsumer, delete_consumer
 from holdfast.streams.dead import DeadLetter, read_dead_letters
 from holdfast.streams.decode import decode_event
@@ -292,12 +295,14 @@ async def test_what_a_handler_read_and_made_is_on_its_receipt(hf: Holdfast, hand
 async def test_what_is_read_by_the_explicit_path_is_on_the_receipt_too(
     hf: Holdfast, handlers: Handlers, namespace: str
 ) -> None:
-    refs = [await hf.put({"n": n}) for n in range(3)]
+    refs = [await hf.put({"n": n}) for n in range(4)]
 
     @handlers.on("ask", name="reader")
     async def work(event: Event, context: dict[str, Any]) -> None:
         await hf.resolve(refs[0], lineage={**context, "budget": 3})
-        await hf.resolve_many(refs[1:], lineage=context, track=True)
+        await hf.resolve_many(refs[1:3], lineage=context, track=True)
+        with lineage.within({**context, "agent_id": "reviewer"}):  # the same event, by hand
+            await hf.resolve(refs[3])
 
     await handlers.ready()
     event = await hf.emit("ask")
@@ -824,7 +829,6 @@ async def test_who_stops_waiting_at_the_start_takes_nothing_from_the_others(hf: 
     assert (await hf.request("a", timeout_s=LIMIT_S)).data == "done"
 
 
-
 async def test_results_that_are_no_answers_are_not_kept(hf: Holdfast, handlers: Handlers) -> None:
     told = Seen()
 
@@ -850,3 +854,51 @@ async def test_results_that_are_no_answers_are_not_kept(hf: Holdfast, handlers: 
     gc.collect()
     kept = [found for found in gc.get_objects() if isinstance(found, Event) and found.namespace == hf.namespace]
     assert not [event for event in kept if event.name == "part:result"]
+
+
+async def test_an_event_that_claims_the_greatest_depth_is_handled_like_others(
+    hf: Holdfast, handlers: Handlers, namespace: str
+) -> None:
+    ref = await hf.put({"n": 1})
+
+    @handlers.on("deep", name="h", **QUICK)
+    async def work(event: Event) -> str:
+        await hf.resolve(ref)
+        return "done"
+
+    await handlers.ready()
+    message = json.dumps({"parent_event_id": new_event_id(), "event_depth": 2**31 - 1}).encode()
+    await hf.connection.client.jetstream().publish(f"ctx.{namespace}.event.agent.deep", message)
+    await eventually(lambda: settled(handlers, "h", 1))
+    assert handlers.counters["h"].done == 1
+    depths = {row.name: row.event_depth for row in await rows_of(hf.connection, namespace)}
+    assert depths == {"deep": 2**31 - 1, "deep:result": 2**31 - 1, RECEIPT: 2**31 - 1}
+
+
+@pytest.mark.parametrize(
+    "failure", [UnavailableError("no answer"), ApiError(ApiFailure(503, 10023, "insufficient resources"), "CONSUMER")]
+)
+async def test_a_handler_goes_on_when_its_consumer_was_lost_and_did_not_come_back_at_once(
+    hf: Holdfast, handlers: Handlers, monkeypatch: pytest.MonkeyPatch, failure: HoldfastError
+) -> None:
+    """A server that has just begun answers, and does not know its streams yet."""
+    seen, failed = Seen(), asyncio.Event()
+    opened = DurableConsumer.open
+
+    async def fail_once(consumer: DurableConsumer) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise failure
+        await opened(consumer)
+
+    @handlers.on("a", name="h", start="all")
+    async def work(event: Event) -> None:
+        seen.add(event)
+
+    await handlers.ready()
+    monkeypatch.setattr(DurableConsumer, "open", fail_once)
+    assert await delete_consumer(hf.connection, EVENTS_STREAM, consumer_name(hf.namespace, "h"))
+    await asyncio.wait_for(failed.wait(), LIMIT_S)
+    event = await hf.emit("a")
+    async with asyncio.timeout(8):  # below the silence after which a pull counts as lost
+        assert [found.event_id for found in await seen.wait()] == [event.event_id]

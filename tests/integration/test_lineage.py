@@ -157,7 +157,7 @@ async def test_B22_B72_B73_a_test_sees_each_context_exactly_and_may_put_in_its_o
     assert len(seen) == 4
 
 
-async def test_B75_each_path_is_counted(hf: Holdfast) -> None:
+async def test_B73_B75_each_path_is_counted(hf: Holdfast) -> None:
     before = lineage.counters()
     root = await hf.emit("root")
     with lineage.within(root):
@@ -217,6 +217,13 @@ async def test_B82_B86_named_contexts_are_signed_by_the_current_event(hf: Holdfa
     assert (value.session, value.agent) == ("s1", "planner")
     assert (patched.session, patched.agent) == ("s1", "reviewer")
     assert (await hf.keys.put("plan.other", 1)).agent == "tester"
+    other = await hf.emit("other", session="s2", agent="writer")
+    with lineage.within(root):
+        explicit = await hf.keys.put("plan.other", 2, lineage=other.lineage)
+        kept = await hf.keys.rollback("plan.other", 1)
+    assert (explicit.session, explicit.agent) == ("s2", "writer")
+    # What is not said of a version stays as it was: its session is not that of whoever changed it.
+    assert (kept.session, kept.agent) == (None, "planner")
 
 
 async def test_B85_the_time_in_a_lineage_is_that_of_the_event_in_seconds(hf: Holdfast) -> None:
@@ -298,3 +305,19 @@ async def test_attributes_never_stand_in_for_what_an_event_does_not_say_and_both
     for child in (implicit, explicit):
         assert (child.parent_event_id, child.root_event_id) == (row.id, None)
         assert (child.session_id, child.correlation_id, child.attributes) == (None, None, {"mood": "calm"})
+
+
+async def test_an_idempotent_handler_that_sets_the_lineage_by_hand_emits_the_same_ids_again(
+    hf: Holdfast, connection: Connection
+) -> None:
+    worked_on, other = await hf.emit("root"), await hf.emit("other")
+    for _ in range(2):
+        with lineage.enter(lineage.of(worked_on), mint=lineage.IdMint(hf.namespace, "handler", worked_on.event_id)):
+            with lineage.within(other):
+                await hf.emit("child", {"n": 1})
+            with lineage.within({**lineage.of(worked_on), "agent_id": "reviewer"}):
+                await hf.emit("child", {"n": 1})
+            async with hf.working_on(other):
+                await hf.emit("child", {"n": 2})
+    rows = [row for row in await rows_of(connection, hf.namespace) if row.name == "child"]
+    assert [row.parent_event_id for row in rows] == [other.event_id, worked_on.event_id, other.event_id]

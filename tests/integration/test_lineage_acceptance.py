@@ -252,6 +252,37 @@ async def test_B76_B77_B78_B79_B80_B81_B82_B83_B84_B85_B86_every_field_is_stored
                 await system.make_cold()
 
 
+async def test_B82_events_go_by_their_agent_to_whoever_listens_for_it(hf: Holdfast, system: System) -> None:
+    async with plain_client(system.url) as nc:
+        subscription = await nc.subscribe(f"ctx.{hf.namespace}.event.oracle.>")
+        await nc.flush()
+        root = await hf.emit("asked")
+        with lineage.within(root), lineage.spawn("oracle"):
+            sent = [await hf.emit("thinking", n) for n in range(2)]
+        await hf.emit("answered", parent=root)
+        await hf.emit("asked:again", agent="oracle", lineage={})
+        heard = [await subscription.next_msg(timeout=LIMIT_S) for _ in range(3)]
+        assert [message.subject.rsplit(".", 1)[1] for message in heard] == ["thinking", "thinking", "again"]
+        assert subscription.pending_msgs == 0
+    found = [event.event_id async for event in hf.query(agent="oracle", root=root)]
+    assert found == [event.event_id for event in sent]
+
+
+async def test_B30_health_tells_of_a_stream_that_is_gone(tmp_path: Path) -> None:
+    async with (
+        own_server(tmp_path) as server,
+        running(server.url, settings_in(tmp_path)),
+        connect(server.url) as hf,
+    ):
+        await flush(hf.connection)
+        assert await hf.health() == {"ok": True, "problems": [], "lag": {"contexts": 0, "events": 0, "key_versions": 0}}
+        await hf.connection.api(f"STREAM.DELETE.{EVENTS_STREAM}")
+        health = await hf.health()
+        assert health["ok"] is False
+        assert EVENTS_STREAM in [problem["object"] for problem in health["problems"]]
+        assert all(problem["next_step"] for problem in health["problems"])
+
+
 # Two tiers
 
 

@@ -20,16 +20,24 @@ from holdfast.schemas.errors import InvalidFieldError, InvalidRefError, NotFound
 from holdfast.schemas.ids import new_event_id
 from holdfast.schemas.lineage import RECEIPT
 from holdfast.streams.connection import Connection, open_connection
+from holdfast.streams.consumer import DurableConsumer, ack_floor
 from holdfast.streams.events import NewEvent
+from holdfast.streams.hot import HotTier
+from holdfast.streams.pull import read_one
 from holdfast.streams.topology import purge_below, stream_info
 from holdfast.streams.wire import EVENTS_STREAM
+from holdfast.workers import interning
 from holdfast.workers.control import evict, flush
-from tests.running import own_server, running, settings_in, target_of
+from holdfast.workers.ingester import CONSUMER as INGESTER
+from tests.integration.test_events import rows_of
+from tests.running import eventually, own_server, running, settings_in, target_of
 from tests.support import plain_client
 from tests.test_lake_samples import EPOCH, event
 
 if TYPE_CHECKING:
     from holdfast.lake.duck import Connection as LakeConnection
+    from holdfast.streams.messages import StoredMessage
+    from holdfast.streams.topology import StreamInfo
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -246,7 +254,7 @@ async def test_bad_requests_are_refused_by_field(
 
 @pytest.mark.parametrize("endpoint", ["chain", "tree", "descendants"])
 async def test_what_is_not_stored_is_told_as_not_found(reader: Reader, endpoint: str) -> None:
-    with pytest.raises(NotFoundError, match="no event"):
+    with pytest.raises(NotFoundError, match="no event nothing of that name in"):
         await reader.call(endpoint, {"event_id": "nothing of that name"})
 
 
@@ -279,6 +287,44 @@ async def test_every_reference_in_an_answer_resolves(hf: Holdfast, reader: Reade
         for event in await reader.tree("raw-0"):
             assert event.context_ref is not None
             assert (await hf.resolve(event.context_ref)).body == {"n": event.data}
+
+
+async def test_only_events_that_the_ingester_has_not_come_to_are_looked_at_one_by_one(
+    tmp_path: Path, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer of a thousand events does not cost a thousand round trips because one of them is new."""
+    looked_at: list[int] = []
+
+    async def read_and_count(connection: Connection, info: StreamInfo, seq: int) -> StoredMessage | None:
+        looked_at.append(seq)
+        return await read_one(connection, info, seq)
+
+    monkeypatch.setattr(interning, "read_one", read_and_count)
+    async with own_server(tmp_path) as server, connect(server.url, namespace, "planner") as hf:
+        ingester = DurableConsumer(hf.connection, EVENTS_STREAM, INGESTER)
+        await ingester.open()
+        for n in range(8):
+            await hf.emit("e", context={"n": n})
+        async with plain_client(server.url) as client:
+            await client.jetstream().publish(f"ctx.{namespace}.event.agent.step", b'{"context": {"n": 8}}')
+        settled = 0
+        while settled < 8:
+            for delivery in await ingester.fetch(8 - settled):
+                await ingester.ack(delivery)
+                settled += 1
+        await eventually(lambda: _floor_is(hf.connection, 8))
+        await ingester.close()
+        rows = await rows_of(hf.connection, namespace)
+        hot = HotTier(hf.connection)
+        await interning.InlineContexts(hf.connection, hot).intern_ahead(rows)
+        await hot.close()
+        assert looked_at == [9]
+        assert rows[-1].context_ref is not None
+        assert (await hf.resolve(rows[-1].context_ref)).body == {"n": 8}
+
+
+async def _floor_is(connection: Connection, seq: int) -> bool:
+    return await ack_floor(connection, EVENTS_STREAM, INGESTER) == seq
 
 
 async def test_answers_carry_the_trace(hf: Holdfast, reader: Reader) -> None:

@@ -334,6 +334,16 @@ async def test_bodies_of_named_contexts_are_noted_like_others(hf: Holdfast) -> N
     assert [item.ref for item in work.produced] == [new.ref]
 
 
+async def test_what_is_made_with_an_explicit_lineage_is_told_at_once_and_once(hf: Holdfast) -> None:
+    event = await hf.emit("plan:asked")
+    [ref] = await hf.put_many([{"step": 1}], lineage=event.lineage)
+    assert ref == await hf.put({"step": 1}, lineage=event.lineage)
+    [work] = (await hf.inputs_of(ref)).works
+    assert (work.event_id, [item.ref for item in work.produced]) == (event.event_id, [ref])
+    with pytest.raises(InvalidFieldError):
+        await hf.put({"step": 2}, lineage={"session_id": "s1"})
+
+
 async def test_an_event_that_is_not_stored_is_told_by_its_id(hf: Holdfast) -> None:
     ref = await hf.put("x")
     absent = str(new_event_id())

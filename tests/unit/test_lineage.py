@@ -177,6 +177,7 @@ def test_a_w3c_trace_of_another_tool_comes_in_and_is_continued() -> None:
     foreign = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"
     came_in = lineage.from_headers({"Traceparent": foreign})
     assert came_in == {"correlation_id": "4bf92f3577b34da6a3ce929d0e0e4736", "traceparent": foreign}
+    assert came_in is not None
     assert lineage.to_traceparent(came_in) == foreign
     ours = continued_trace(foreign, FULL["event_id"])
     assert ours.split("-")[1] == foreign.split("-")[1]

@@ -16,6 +16,7 @@ from holdfast.schemas.bodies import encode_json
 from holdfast.schemas.errors import DepthLimitError, InvalidFieldError
 from holdfast.schemas.ids import EventId, ms_from_utc, new_event_id, normal_event_id, now_ms, utc_from_ms
 from holdfast.schemas.lineage import ATTRIBUTES, INHERITED_FIELDS
+from holdfast.streams.decode import MAX_DEPTH
 from holdfast.streams.events import NewEvent, check_id_text
 
 
@@ -195,7 +196,9 @@ def _under_parent(
         followed = {
             field: value for field in ("session_id", "correlation_id") if (value := getattr(parent, field)) is not None
         }
-        return parent.event_id, parent.root_event_id, parent.event_depth + 1, parent.lineage, {**inherited, **followed}
+        # Any client may claim any depth: the deepest there is has children of its own depth.
+        depth = min(parent.event_depth + 1, MAX_DEPTH)
+        return parent.event_id, parent.root_event_id, depth, parent.lineage, {**inherited, **followed}
     parent_id = normal_event_id(namespace, check_id_text(parent, "parent"))[0]
     if context is not None and "event_id" in context:
         placed = _under_lineage(namespace, context)

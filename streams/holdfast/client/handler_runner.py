@@ -39,7 +39,15 @@ from holdfast.client.lineage_context import IdMint
 from holdfast.client.model import Event
 from holdfast.client.receipt_records import ReadRecorder, Record
 from holdfast.schemas.bodies import encode_json
-from holdfast.schemas.errors import GapError, HandlerError, HoldfastError, InputError, RetryError, UnavailableError
+from holdfast.schemas.errors import (
+    ConfigurationError,
+    GapError,
+    HandlerError,
+    HoldfastError,
+    InputError,
+    RetryError,
+    UnavailableError,
+)
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import EventId, utc_from_ms
 from holdfast.schemas.lineage import RECEIPT
@@ -148,7 +156,10 @@ class HandlerRunner:
         await self._consumer.close()
         try:
             await self._consumer.open()
-        except RetryError as error:
+        except ConfigurationError:
+            raise
+        except HoldfastError as error:
+            # Also what the server refuses, such as while it recovers; the next fetch comes back here.
             logger.debug("the consumer is not there yet", extra={"action": "handler_retry", "error": str(error)})
 
     async def _work(self, delivery: Delivery) -> None:

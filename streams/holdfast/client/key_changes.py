@@ -12,6 +12,7 @@ import msgspec
 from holdfast.client.key_arguments import Ttl, check_expected_version, check_tags, check_ttl_ms
 from holdfast.client.key_writer import Decide, Draft, State, absent
 from holdfast.client.lineage import scope as current_scope
+from holdfast.client.lineage_context import from_dict
 from holdfast.client.merging import merge_patch
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import Body, check_nesting, check_size, encode_body, encode_json
@@ -55,14 +56,19 @@ def meta_of(
     changed_by: str | None,
     change_type: str | None,
     named_agent: str | None,
+    lineage: Mapping[str, Any] | None,
+    *,
+    is_whole: bool = False,
 ) -> Meta:
-    """Returns what a caller says of a change, checked; session and agent not named are those of the current event.
+    """Returns what a caller says of a change, checked; an agent that is not named is that of the lineage.
 
-    ``agent`` signs where neither says who.
+    The lineage is ``lineage``, else that of the current event; ``agent`` signs where nobody is named.  Of a change that
+    says all of a version (``is_whole``) the session comes from there as well.
     """
     scope = current_scope()
-    context = {} if scope is None else scope.context
-    session = context.get("session_id") if session is None else session
+    context = from_dict(lineage) if lineage is not None else {} if scope is None else scope.context
+    if session is None and is_whole:
+        session = context.get("session_id")
     named_agent = context.get("agent_id", agent) if named_agent is None else named_agent
     return Meta(
         tags=None if tags is None else check_tags(tags),

@@ -85,19 +85,23 @@ class Keys:
         changed_by: str | None = None,
         change_type: str | None = None,
         agent: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
         encrypt: bool | None = None,
     ) -> KeyValue:
         """Writes ``body`` as the newest version and returns it.
 
         ``expected_version``: only if that is the newest version now, 0 standing for "there is none" (never written,
         deleted or expired); else VersionConflictError, which carries both.  Tags, session and expiry are those given
-        here, not those of the version before.  ``encrypt`` seals the body (None: as the prefix's policy says).
+        here, not those of the version before; session and agent not given are those of ``lineage``, else of the
+        current event.  ``encrypt`` seals the body (None: as the prefix's policy says).
         Raises InputError naming what cannot be stored, UnknownOutcomeError without an acknowledgement.
         """
         raw, chosen_type = encode_body(body, content_type)
         policy = await self._policy(check_key(key))
         context = NewContext(namespace=self._namespace, kind=check_kind(kind), body=raw, content_type=chosen_type)
-        meta = key_changes.meta_of(self._agent, tags, session, ttl, changed_by, change_type, agent)
+        meta = key_changes.meta_of(
+            self._agent, tags, session, ttl, changed_by, change_type, agent, lineage, is_whole=True
+        )
         decide = key_changes.put(
             key, context, meta, expected_version, policy, encrypt=bool(policy.encrypt) if encrypt is None else encrypt
         )
@@ -159,6 +163,7 @@ class Keys:
         changed_by: str | None = None,
         change_type: str | None = None,
         agent: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
     ) -> KeyValue:
         """Merges an object into a JSON body (RFC 7386: a null removes a member) and returns the new version.
 
@@ -180,6 +185,7 @@ class Keys:
             changed_by=changed_by,
             change_type=change_type,
             agent=agent,
+            lineage=lineage,
         )
 
     async def append(
@@ -194,6 +200,7 @@ class Keys:
         changed_by: str | None = None,
         change_type: str | None = None,
         agent: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
     ) -> KeyValue:
         """Appends an item to a list and returns the new version; an absent key begins as ``[]``.
 
@@ -211,6 +218,7 @@ class Keys:
             changed_by=changed_by,
             change_type=change_type,
             agent=agent,
+            lineage=lineage,
         )
 
     async def update(
@@ -228,6 +236,7 @@ class Keys:
         changed_by: str | None = None,
         change_type: str | None = None,
         agent: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
         encrypt: bool | None = None,
     ) -> KeyValue:
         """Writes ``change(body)`` as the newest version and returns it: read, modify and write that loses no update.
@@ -239,7 +248,7 @@ class Keys:
         raised; the rest as of :meth:`patch`.
         """
         policy = await self._policy(check_key(key))
-        meta = key_changes.meta_of(self._agent, tags, session, ttl, changed_by, change_type, agent)
+        meta = key_changes.meta_of(self._agent, tags, session, ttl, changed_by, change_type, agent, lineage)
         decide = key_changes.update(
             key,
             change,
@@ -262,12 +271,13 @@ class Keys:
         changed_by: str | None = None,
         change_type: str | None = None,
         agent: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
     ) -> KeyVersion:
         """Writes a tombstone and returns it: the key reads as absent, its history stays.
 
         Raises NotFoundError when there is nothing to delete, VersionConflictError as :meth:`put`.
         """
-        meta = key_changes.meta_of(self._agent, None, None, None, changed_by, change_type, agent)
+        meta = key_changes.meta_of(self._agent, None, None, None, changed_by, change_type, agent, lineage)
         written = await self._change(check_key(key), key_changes.delete(key, meta, expected_version))
         return await self._version(written.row)
 
@@ -281,6 +291,7 @@ class Keys:
         changed_by: str | None = None,
         change_type: str | None = None,
         agent: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
     ) -> KeyValue:
         """Writes a new version that is equal to an old one: the same body, tags and session.  Also of a deleted key.
 
@@ -288,7 +299,7 @@ class Keys:
         or when it is a tombstone.
         """
         old = await self.get(key, version)
-        meta = key_changes.meta_of(self._agent, None, None, ttl, changed_by, change_type, agent)
+        meta = key_changes.meta_of(self._agent, None, None, ttl, changed_by, change_type, agent, lineage)
         policy = await self._policy(key)
         decide = key_changes.rollback(key, old.row, meta, expected_version, policy)
         written = await self._change(key, decide)
@@ -391,6 +402,7 @@ class Keys:
         changed_by: str | None = None,
         change_type: str | None = None,
         agent: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
         encrypt: bool | None = None,
     ) -> dict[str, KeyVersion]:
         """Writes all keys or none, in one atomic batch, and returns the new versions by key.
@@ -399,7 +411,9 @@ class Keys:
         but still all or none.  ``deletes`` are keys that get a tombstone; one that has no body is an error.  At most
         500 keys.  Raises VersionConflictError naming the first key that differs; nothing was written then.
         """
-        meta = key_changes.meta_of(self._agent, tags, session, ttl, changed_by, change_type, agent)
+        meta = key_changes.meta_of(
+            self._agent, tags, session, ttl, changed_by, change_type, agent, lineage, is_whole=True
+        )
         decisions = key_changes.commit(
             self._namespace,
             bodies,

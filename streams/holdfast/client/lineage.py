@@ -133,7 +133,11 @@ def within(event: Event | Mapping[str, Any] | None) -> Generator[Lineage | None]
             yield None
         return
     lineage = of_event(event) if isinstance(event, Event) else from_dict(event)
-    with enter(lineage):
+    before = _current.get()
+    # What a handler emits keeps its ids, whatever it is emitted under; what it reads belongs to the event worked on.
+    is_same = before is not None and before.context.get("event_id") == lineage.get("event_id")
+    reads = before.reads if before is not None and is_same else None
+    with enter(lineage, reads=reads, mint=None if before is None else before.mint):
         yield dict(lineage)
 
 

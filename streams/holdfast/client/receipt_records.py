@@ -26,6 +26,7 @@ from holdfast.schemas.errors import InvalidFieldError, InvalidRefError
 from holdfast.schemas.ids import EventId, derived_event_id, normal_event_id
 from holdfast.schemas.lineage import RECEIPT
 from holdfast.schemas.refs import Digest, Ref, parse_ref
+from holdfast.streams.decode import MAX_DEPTH
 from holdfast.streams.events import NewEvent
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def receipt_events(
             correlation_id=context.get("correlation_id"),
             parent_event_id=parent,
             root_event_id=None if root is None else normal_event_id(namespace, str(root))[0],
-            event_depth=depth + 1,
+            event_depth=min(depth + 1, MAX_DEPTH),
         )
         for number, data in enumerate(parts)
     ]

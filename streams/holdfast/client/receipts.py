@@ -117,7 +117,8 @@ class Receipts:
         ``track=False`` leaves that out.
         """
         context, recorder = begin_work(event, self._hf.agent, track=track)
-        with lineage.enter(context, reads=recorder):
+        outer = lineage.scope()
+        with lineage.enter(context, reads=recorder, mint=None if outer is None else outer.mint):
             yield dict(context)
         if recorder is not None:
             await self.write(context, recorder.record())
@@ -153,11 +154,17 @@ class Receipts:
 
         For reading outside of work that has a receipt.  Raises InvalidFieldError when there is no event.
         """
+        await self._record(context, Record(read=(Reading(ref=ref, size=size),)), "read", ref, str(size))
+
+    async def record_made(self, context: Mapping[str, Any] | None, ref: Ref, size: int) -> None:
+        """Stores, at once, that a context was made in working on the event of ``context``; as :meth:`record_read`."""
+        await self._record(context, Record(produced=(Produced(ref=ref, size=size, reads=0),)), "made", ref, str(size))
+
+    async def _record(self, context: Mapping[str, Any] | None, record: Record, *told: str) -> None:
         given = _check_event(lineage.from_dict(context or {}))
-        record = Record(read=(Reading(ref=ref, size=size),))
         # All that the receipt says is in its id: what has one id must be the same.
         source = [str(given.get(field, "")) for field in _IN_A_RECEIPT]
-        receipt_id = derived_event_id(self._hf.namespace, "read", ref, str(size), self._hf.agent, *source)
+        receipt_id = derived_event_id(self._hf.namespace, *told, self._hf.agent, *source)
         if receipt_id in self._told:
             return
         await self.write(given, record, receipt_id=receipt_id)

@@ -84,7 +84,8 @@ class Holdfast(EventReader):
     """A client of one namespace.  Made by :func:`connect`; safe to use from many tasks of one event loop.
 
     Writes return once the server has acknowledged them as durable.  A write that raises UnknownOutcomeError may have
-    been stored; the same call again is safe, since a context is named by its content and an event by its id.
+    been stored; the same call again is safe, since a context is named by its content and an event by its id: an event
+    that was emitted without an ``event_id`` gets another one the second time, and may then be stored twice.
     """
 
     def __init__(
@@ -135,16 +136,18 @@ class Holdfast(EventReader):
         content_type: str | None = None,
         expires_at: datetime | None = None,
         encrypt: bool = False,
+        lineage: Mapping[str, Any] | None = None,
     ) -> Ref:
         """Stores a context and returns its reference; an equal context is stored once, with one reference.
 
         ``body``: text, bytes, or what JSON can hold; ``content_type`` is chosen by its type unless given.
         ``expires_at`` is part of the context's identity: after it the reference resolves to nothing.  ``encrypt``
-        seals the body before it leaves this process, each time anew: equal bodies get different references.  Raises
-        InputError for a body, kind or time that cannot be stored, UnknownOutcomeError when no acknowledgement came,
-        EncryptionKeyError when there is no key.
+        seals the body before it leaves this process, each time anew: equal bodies get different references.
+        ``lineage`` notes, in a receipt, that it was made in working on that event; handlers note it by themselves.
+        Raises InputError for a body, kind or time that cannot be stored, UnknownOutcomeError when no acknowledgement
+        came, EncryptionKeyError when there is no key.
         """
-        return (await self._put([self._new_context(body, kind, content_type, expires_at)], encrypt))[0]
+        return (await self._put([self._new_context(body, kind, content_type, expires_at)], encrypt, lineage))[0]
 
     async def put_many(
         self,
@@ -154,13 +157,16 @@ class Holdfast(EventReader):
         content_type: str | None = None,
         expires_at: datetime | None = None,
         encrypt: bool = False,
+        lineage: Mapping[str, Any] | None = None,
     ) -> list[Ref]:
         """Stores many contexts of one kind and returns their references in order.
 
         They are sent in atomic batches; each context is stored or not by itself, and all of them before this returns.
         Errors as of :meth:`put`; a body that cannot be encoded raises before anything is sent.
         """
-        return await self._put([self._new_context(body, kind, content_type, expires_at) for body in bodies], encrypt)
+        return await self._put(
+            [self._new_context(body, kind, content_type, expires_at) for body in bodies], encrypt, lineage
+        )
 
     async def resolve(
         self, ref: str, *, track: bool | None = None, lineage: Mapping[str, Any] | None = None
@@ -327,13 +333,15 @@ class Holdfast(EventReader):
         await self._hot.close()
         await self._events.close()
 
-    async def _put(self, contexts: list[NewContext], encrypt: bool) -> list[Ref]:
+    async def _put(self, contexts: list[NewContext], encrypt: bool, lineage: Mapping[str, Any] | None) -> list[Ref]:
         if encrypt:
             contexts = await asyncio.to_thread(seal_contexts, self.key_ring, contexts)
         refs = await self._store(contexts)
         scope = current_scope()
-        if scope is not None and scope.reads is not None:
-            for ref, context in zip(refs, contexts, strict=True):
+        for ref, context in zip(refs, contexts, strict=True):
+            if lineage is not None:
+                await self.receipts.record_made(lineage, ref, len(context.body))
+            elif scope is not None and scope.reads is not None:
                 scope.reads.produced(ref, len(context.body))
         return refs
 

@@ -137,8 +137,12 @@ class DurableConsumer:
         """Waits for messages and returns what has arrived; an empty list after a quiet while.
 
         At most ``limit`` are asked for, or the batch of the options; a call with a lower limit than the one before
-        gets no more than that, and what had been asked for beyond waits for the next.
+        gets no more than that, and what had been asked for beyond waits for the next.  Raises UnavailableError when the
+        consumer is not open, as after an :meth:`open` that failed.
         """
+        if self._subscription is None:
+            # A pull would be answered to nobody, and look like a quiet stream for ever.
+            raise UnavailableError(f"consumer {self._name} of {self._stream} is not open", hint="open it first")
         most = self._options.batch if limit is None else limit
         if not self._open_pull:
             await self._pull(most)
@@ -166,7 +170,8 @@ class DurableConsumer:
                     break
             elif status != "100" and message.subject == self._open_pull:
                 self._open_pull = ""  # ended: expired, completed, or the consumer is gone
-                if status not in ("404", "408", "409"):
+                # With deliveries at hand it is told by the next pull: these would be lost until their ack wait is over.
+                if status not in ("404", "408", "409") and not deliveries:
                     raise UnavailableError(f"consumer {self._name} was refused a pull with {status}")
                 break
         return deliveries

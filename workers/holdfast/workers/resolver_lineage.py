@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from holdfast.lake import lineage
+from holdfast.schemas.errors import NotFoundError
 from holdfast.streams.service import Call, Handler, decode_request
 from holdfast.workers.requests import (
     EVENT_FIELDS,
@@ -64,7 +67,8 @@ class LineageEndpoints:
                 json=needs_json(request.fields),
             )
 
-        page = await self._sql.run(find)
+        with _by_its_given_name(call.namespace, request.event_id):
+            page = await self._sql.run(find)
         events, cursor = await self._reply(page, request.fields)
         await call.reply(msgspec.json.encode({"events": events, "complete": page.complete, "cursor": cursor}))
 
@@ -80,17 +84,18 @@ class LineageEndpoints:
         request: TreeRequest = decode_request(call.data, _TREE)
         check_fields(request.fields, EVENT_FIELDS)
         event_id = event_id_of(call.namespace, request.event_id)
-        page = await self._sql.run(
-            lambda lake: find(
-                lake,
-                call.namespace,
-                event_id,
-                limit=request.limit,
-                cursor=request.cursor,
-                receipts=request.receipts,
-                json=needs_json(request.fields),
+        with _by_its_given_name(call.namespace, request.event_id):
+            page = await self._sql.run(
+                lambda lake: find(
+                    lake,
+                    call.namespace,
+                    event_id,
+                    limit=request.limit,
+                    cursor=request.cursor,
+                    receipts=request.receipts,
+                    json=needs_json(request.fields),
+                )
             )
-        )
         events, cursor = await self._reply(page, request.fields)
         await call.reply(msgspec.json.encode({"events": events, "cursor": cursor}))
 
@@ -102,3 +107,14 @@ class LineageEndpoints:
         # A shorter page than asked for goes on from its own end.
         cursor = page.cursor if reply.is_whole or reply.last is None else reply.last.id
         return reply.items, cursor
+
+
+@contextmanager
+def _by_its_given_name(namespace: str, given: str) -> Generator[None]:
+    # The id that is derived from a producer's own says nothing to whoever asked.
+    try:
+        yield
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"no event {given} in namespace {namespace!r}", field=error.field, hint=error.hint
+        ) from error

@@ -23,9 +23,9 @@ from holdfast.workers.requests import event_id_of, event_reply
 
 if TYPE_CHECKING:
     from holdfast.lake.duck import Connection as LakeConnection
-    from holdfast.workers.interning import InlineContexts
     from holdfast.lake.scan import EventPage
     from holdfast.schemas.rows import EventRow
+    from holdfast.workers.interning import InlineContexts
     from holdfast.workers.sql_runner import SqlRunner
 
 

@@ -251,7 +251,7 @@ async def warm(
     else:
         output.write_line(
             f"{report.stored:,} contexts are hot again ({report.parts:,} parts, {format_bytes(report.bytes)}) "
-            f"in {report.seconds:.2f} s, {report.hot:,} were hot"
+            f"in {report.seconds:.2f} s, {report.hot:,} were hot already"
         )
         if not report.is_whole:
             output.write_line("stopped at the limit of bytes: there are older ones")

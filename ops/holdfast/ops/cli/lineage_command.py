@@ -41,6 +41,7 @@ async def lineage(
     descendants: Annotated[bool, typer.Option("--descendants", help="What follows from it alone.")] = False,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
     dot: Annotated[bool, typer.Option("--dot", help="As a Graphviz digraph.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the id of each event, to go on from there.")] = False,
     limit: Annotated[int, typer.Option("--limit", "-l", min=1, help="Most events.")] = LIMIT,
 ) -> None:
     """Draw where an event came from and what it led to: its whole tree, hot and archived alike.
@@ -68,7 +69,7 @@ async def lineage(
             shown.update(event.event_id for event in found)
             if is_cut:
                 break
-    _write(invocation, events, asked, mermaid=mermaid, dot=dot)
+    _write(invocation, events, asked, mermaid=mermaid, dot=dot, ids=ids)
     if is_cut:
         output.remark(f"there are more than {limit} events: the rest is left out, --limit takes more")
 
@@ -118,11 +119,13 @@ def _top(above: list[Event]) -> Event:
     return top
 
 
-def _write(invocation: Invocation, events: list[Event], asked: list[str], *, mermaid: bool, dot: bool) -> None:
+def _write(
+    invocation: Invocation, events: list[Event], asked: list[str], *, mermaid: bool, dot: bool, ids: bool
+) -> None:
     from holdfast.ops.cli import lineage_drawing as drawing
     from holdfast.ops.cli.event_commands import event_json
 
-    nodes = drawing.nodes_of(events, asked)
+    nodes = drawing.nodes_of(events, asked, show_ids=ids)
     if invocation.json:
         for node in nodes:
             members: dict[str, Any] = {"depth": node.depth, **event_json(node.event)}

@@ -25,13 +25,14 @@ _MERMAID_SAFE: Final = frozenset(" _-.:+,/()")
 
 class Node(msgspec.Struct, frozen=True):
     """An event of a tree.  ``depth`` counts from the topmost event that is shown; ``above`` is the position of its
-    parent among the nodes, None for a topmost one."""
+    parent among the nodes, None for a topmost one.  ``shows_id``: its label says which event it is."""
 
     event: Event
     depth: int
     above: int | None
     asked: bool
     offset_s: float
+    shows_id: bool = False
 
     @property
     def when(self) -> str:
@@ -39,7 +40,7 @@ class Node(msgspec.Struct, frozen=True):
         return format_offset(self.offset_s)
 
 
-def nodes_of(events: Sequence[Event], asked: Iterable[str]) -> list[Node]:
+def nodes_of(events: Sequence[Event], asked: Iterable[str], *, show_ids: bool = False) -> list[Node]:
     """Returns the nodes of events in pre-order; several trees may follow each other."""
     marked = frozenset(asked)
     places: dict[str, int] = {}
@@ -58,6 +59,7 @@ def nodes_of(events: Sequence[Event], asked: Iterable[str]) -> list[Node]:
                 above=above,
                 asked=event.event_id in marked,
                 offset_s=(event.timestamp - top.timestamp).total_seconds(),
+                shows_id=show_ids,
             )
         )
     return nodes
@@ -84,6 +86,8 @@ def label(node: Node) -> str:
     parts = [printable(event.name), printable(event.agent_id), node.when, f"depth {event.event_depth}"]
     if event.context_ref is not None:
         parts.append(event.context_ref)
+    if node.shows_id:
+        parts.append(event.event_id)
     return "  ".join(parts) + ("  ← asked for" if node.asked else "")
 
 
