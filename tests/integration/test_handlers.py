@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import runpy
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -902,3 +904,19 @@ async def test_a_handler_goes_on_when_its_consumer_was_lost_and_did_not_come_bac
     event = await hf.emit("a")
     async with asyncio.timeout(8):  # below the silence after which a pull counts as lost
         assert [found.event_id for found in await seen.wait()] == [event.event_id]
+
+
+async def test_handlers_of_several_scripts_do_not_take_each_others_events(
+    hf: Holdfast, handlers: Handlers, tmp_path: Path
+) -> None:
+    """A script's module is called __main__, whichever script it is."""
+    seen = {"one": Seen(), "two": Seen()}
+    for name, found in seen.items():
+        script = tmp_path / f"{name}.py"
+        script.write_text(f"@handlers.on('{name}')\nasync def work(event):\n    seen.add(event)\n")
+        runpy.run_path(str(script), {"handlers": handlers, "seen": found}, "__main__")
+    await handlers.ready()
+    assert list(handlers.counters) == ["one.work", "two.work"]
+    for name, found in seen.items():
+        event = await hf.emit(name)
+        assert [each.event_id for each in await found.wait()] == [event.event_id]

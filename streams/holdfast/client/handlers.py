@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from holdfast.client.handler_policy import (
@@ -94,7 +96,7 @@ class Handlers:
         own; one that is no coroutine function runs in a thread.  Within it the event is the current one.  What it
         returns, if not None, is emitted as ``<event's name>:result``.
 
-        ``name`` (default: that of the function with its module) stands for the handler across processes and
+        ``name`` (default: that of the function with its module or script) stands for the handler across processes and
         restarts: those that share it share the events, and it goes on where it was.  ``start``: a name that is new
         begins with the next event, or with the oldest that is still hot (``"all"``).  ``idempotent``: what is emitted
         when an event is handed out again has the ids of the first time, and an event that was done is passed over;
@@ -229,7 +231,16 @@ def _name_of(function: Callable[..., Any]) -> str:
         raise InvalidNameError(
             f"handler {type(function).__name__} has no name", field="name", hint="give it one with name="
         )
-    return f"{module}.{qualified}"
+    return f"{_script_name() if module == '__main__' else module}.{qualified}"
+
+
+def _script_name() -> str:
+    """What stands for the module of a script: two scripts of one name would take each other's events."""
+    script = sys.modules["__main__"]
+    spec, file = getattr(script, "__spec__", None), getattr(script, "__file__", None)
+    if spec is not None:
+        return str(spec.name)  # of python -m: what an import of it is called
+    return "__main__" if file is None else Path(file).stem
 
 
 __all__ = ["Handlers"]
