@@ -22,7 +22,7 @@ from holdfast.ops.cli.lineage_drawing import (
     rich_trees,
     text_lines,
 )
-from holdfast.schemas.ids import EventId, derived_event_id
+from holdfast.schemas.ids import EventId, normal_event_id
 from tests.command_line import CommandLine, InProcess, Service, in_process
 from tests.support import plain_client
 
@@ -129,7 +129,7 @@ def test_a_parent_that_is_not_stored_is_told(holdfast: InProcess, running: Servi
     asyncio.run(publish_orphan())
     outcome = holdfast("lineage", "orphan")
     assert "e  a  +0s  depth 1  ← asked for" in outcome.out
-    assert f"{derived_event_id(namespace, 'source-id', 'lost')}, the parent of" in outcome.err
+    assert f"{normal_event_id(namespace, 'lost')[0]}, the parent of" in outcome.err
     assert holdfast("lineage", "lost", "--json", status=4).error["field"] == "event_id"
 
 

@@ -27,7 +27,7 @@ from holdfast.schemas.errors import (
     InvalidRefError,
     NotFoundError,
 )
-from holdfast.schemas.ids import derived_event_id
+from holdfast.schemas.ids import normal_event_id
 from holdfast.schemas.refs import parse_ref
 from holdfast.streams.connection import open_connection
 from holdfast.workers.control import evict, flush
@@ -185,7 +185,7 @@ async def test_B14_B17_an_event_holds_the_reference_instead_of_the_context(
     )
     assert ref == context["_ref"]
     [event] = await events_of(hf)
-    assert event.event_id == derived_event_id(hf.namespace, "source-id", "evt_123")
+    assert event.event_id == normal_event_id(hf.namespace, "evt_123")[0]
     assert (event.source_id, event.name, event.data) == ("evt_123", "agent:status", {"agent_id": "test"})
     assert (event.context_ref, event.agent_id, event.session_id, event.correlation_id) == (ref, "worker", "s", "c")
     assert event.timestamp == datetime.fromtimestamp(AT, UTC)
@@ -313,9 +313,7 @@ async def test_a_receipt_tells_of_an_event_stored_with_its_context(hf: Holdfast,
     [work] = (await hf.inputs_of(ref)).works
     assert [item.ref for item in work.read] == [source]
     assert [item.ref for item in (await hf.inputs_of(asked)).read] == [source]
-    assert [(item.ref, item.event_id) for item in work.produced] == [
-        (ref, derived_event_id(hf.namespace, "source-id", "made"))
-    ]
+    assert [(item.ref, item.event_id) for item in work.produced] == [(ref, normal_event_id(hf.namespace, "made")[0])]
 
 
 async def test_events_that_cannot_be_stored_are_refused(hf: Holdfast, contexts: EventContextManager) -> None:
@@ -449,7 +447,7 @@ async def test_B62_the_current_context_is_copied_and_restored(hf: Holdfast, cont
     created = await contexts.create_context("mine", AT, session_id="t")
     await contexts.store_event_with_context({"event_id": "mine", "event_name": "m"})
     # A dict that create_context returned stands for its event.
-    parent = derived_event_id(hf.namespace, "source-id", "mine")
+    parent = normal_event_id(hf.namespace, "mine")[0]
     assert await asyncio.create_task(elsewhere(created)) == (parent, "t")
     assert lineage.current() is None
 
@@ -500,7 +498,7 @@ async def test_B61_an_embedded_context_becomes_a_reference(hf: Holdfast, context
     assert await contexts.get_context(ref) == {"_ref": ref, **embedded}
     found = await contexts.get_event_with_context("evt_old")
     assert found is not None
-    root = derived_event_id(hf.namespace, "source-id", "evt_000")
+    root = normal_event_id(hf.namespace, "evt_000")[0]
     assert (found["parent_event_id"], found["root_event_id"], found["event_depth"]) == (root, root, 1)
     assert (found["agent_id"], found["timestamp"], found["_ksi_context"]) == ("old_agent", AT, ref)
 

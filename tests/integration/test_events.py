@@ -10,7 +10,7 @@ import pytest
 
 from holdfast.client import Event, Holdfast, connect
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, InvalidNameError, InvalidRefError, TooLargeError
-from holdfast.schemas.ids import derived_event_id, new_event_id
+from holdfast.schemas.ids import new_event_id, normal_event_id
 from holdfast.streams.decode import decode_event
 from holdfast.streams.events import NewEvent
 from holdfast.streams.pull import StreamReader
@@ -32,6 +32,21 @@ async def rows_of(connection: Connection, namespace: str) -> list[EventRow]:
         rows += [decode_event(m).row for m in messages if m.subject.startswith(f"ctx.{namespace}.")]
     await reader.close()
     return rows
+
+
+async def test_an_event_that_states_a_parent_and_itself_as_root_is_stored_so(
+    hf: Holdfast, connection: Connection
+) -> None:
+    itself, parent = new_event_id(), new_event_id()
+    await hf.publish_many(
+        [
+            NewEvent(
+                namespace=hf.namespace, agent_id="a", name="n", id=itself, parent_event_id=parent, root_event_id=itself
+            )
+        ]
+    )
+    [row] = await rows_of(connection, hf.namespace)
+    assert (row.parent_event_id, row.root_event_id) == (parent, itself)
 
 
 async def test_an_event_is_stored_as_it_was_returned(hf: Holdfast, connection: Connection) -> None:
@@ -94,8 +109,10 @@ async def test_a_repeated_id_is_stored_once(hf: Holdfast, connection: Connection
     assert [row.id for row in await rows_of(connection, hf.namespace)] == [event_id]
 
 
-async def test_one_id_in_two_namespaces_is_two_events(hf: Holdfast, nats_server: str, connection: Connection) -> None:
-    event_id = str(new_event_id())
+@pytest.mark.parametrize("event_id", [str(new_event_id(0)), "step-1"], ids=["uuid", "short"])
+async def test_one_id_in_two_namespaces_is_two_events(
+    hf: Holdfast, nats_server: str, connection: Connection, event_id: str
+) -> None:
     await hf.emit("e", event_id=event_id)
     async with connect(nats_server, namespace=hf.namespace + "-2") as other:
         await other.emit("e", event_id=event_id)
@@ -107,7 +124,7 @@ async def test_an_id_that_is_no_uuid_becomes_one_and_is_kept(hf: Holdfast, conne
     first = await hf.emit("e", event_id=given)
     again = await hf.emit("e", event_id=given)
     child = await hf.emit("f", parent=given)
-    assert first.event_id == again.event_id == derived_event_id(hf.namespace, "source-id", given)
+    assert first.event_id == again.event_id == normal_event_id(hf.namespace, given)[0]
     assert (first.source_id, child.parent_event_id) == (given, first.event_id)
     rows = await rows_of(connection, hf.namespace)
     assert [(row.id, row.source_id) for row in rows] == [(first.event_id, given), (child.event_id, None)]

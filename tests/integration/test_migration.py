@@ -121,7 +121,9 @@ def test_B50_the_lineage_of_the_store_is_that_of_the_embedded_contexts(
         WITH RECURSIVE tree AS (
             SELECT event_id, 0 AS steps FROM events WHERE source_id = 'evt_00000007' AND namespace = '{namespace}'
             UNION ALL SELECT e.event_id, steps + 1 FROM events e JOIN tree t ON e.parent_event_id = t.event_id
-        ) SELECT source_id, steps, event_depth FROM tree JOIN events USING (event_id) ORDER BY source_id
+                WHERE namespace = '{namespace}'
+        ) SELECT source_id, steps, event_depth FROM tree JOIN events USING (event_id)
+        WHERE namespace = '{namespace}' ORDER BY source_id
     """
     shown = holdfast("sql", "--live", tree, "--json").lines
     assert [(row["source_id"], row["steps"]) for row in shown] == [

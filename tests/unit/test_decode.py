@@ -19,7 +19,7 @@ from holdfast.schemas.errors import (
     InvalidRefError,
     TooLargeError,
 )
-from holdfast.schemas.ids import derived_event_id, new_event_id, now_ms
+from holdfast.schemas.ids import derived_event_id, new_event_id, normal_event_id, now_ms
 from holdfast.schemas.refs import JSON, Ref, compute_digest, format_ref
 from holdfast.schemas.rows import TABLES, ContextRow, EventRow, KeyVersionRow
 from holdfast.streams.codec import seal
@@ -138,11 +138,23 @@ class TestIds:
 
     @pytest.mark.parametrize("given_id", ["step-1", UUID4.upper(), f"{{{UUID4}}}", "ü\x00", "x" * 256])
     def test_another_id_becomes_one_and_is_kept(self, given_id: str) -> None:
-        expected = derived_event_id("ns", "source-id", given_id)
+        expected = normal_event_id("ns", given_id)[0]
         row = row_of({"id": given_id})
         assert (row.id, row.source_id) == (expected, given_id)
         assert row.id[14] == "8"
         assert row_of({"parent_event_id": given_id}).parent_event_id == expected
+
+    def test_a_short_id_is_kept_in_the_uuid_however_it_is_given(self) -> None:
+        packed = normal_event_id("ns", "step-1")[0]
+        for body, headers in (
+            ({"id": "step-1"}, {}),
+            ({"id": packed}, {}),
+            ({}, {"Nats-Msg-Id": "ns.step-1"}),
+            ({}, {"Nats-Msg-Id": f"ns.{packed}"}),
+        ):
+            row = row_of(body, headers=headers)
+            assert (row.id, row.source_id) == (packed, "step-1")
+        assert row_of({"id": packed, "source_id": "said otherwise"}).source_id == "said otherwise"
 
     def test_of_another_namespaces_prefix_the_whole_header_is_the_id(self) -> None:
         assert row_of({}, headers={"Nats-Msg-Id": f"other.{UUID4}"}).source_id == f"other.{UUID4}"
@@ -534,3 +546,6 @@ def test_an_event_of_the_sdk_says_nothing_twice() -> None:
     assert encode_event(event).payload == encode_event(stamped).payload == b'{"data":{"x":1}}'
     assert encode_event(event).headers == {"Nats-Msg-Id": f"ns.{event.id}"}
     assert abs(now_ms() - (stamped.timestamp_ms or 0)) < 60_000
+    identity, source_id = normal_event_id("ns", "evt_1")
+    of_producer = msgspec.structs.replace(event, id=identity, source_id=source_id)
+    assert encode_event(of_producer).payload == b'{"data":{"x":1}}'

@@ -165,6 +165,28 @@ def test_an_event_that_must_be_whole_still_has_its_lineage() -> None:
     assert rebuilt(parts) == text
 
 
+def test_B61_a_cause_of_another_source_takes_no_form_of_its_own_where_its_id_holds_what_it_was() -> None:
+    elsewhere = [
+        parts_of(json.dumps(example(_parent_event_id=f"evt_{n}", _root_event_id="elsewhere:1")).encode())
+        for n in (1, 2)
+    ]
+    assert elsewhere[0].ref == elsewhere[1].ref
+    assert [rebuild(row_of(each), each.form, each.content_type, lambda _: None) for each in elsewhere] == [
+        json.dumps(example(_parent_event_id=f"evt_{n}", _root_event_id="elsewhere:1")).encode() for n in (1, 2)
+    ]
+    # Of a longer one nothing but a hash would be left.
+    longer = parts_of(json.dumps(example(_parent_event_id="event of another source")).encode())
+    assert b"event of another source" in longer.form
+
+
+def test_B61_the_uuid_of_a_short_id_comes_back_as_the_uuid() -> None:
+    given, parent = (normal_event_id(NAMESPACE, each)[0] for each in ("evt_1", "evt_2"))
+    text = json.dumps(example(_event_id=given, _parent_event_id=parent)).encode()
+    parts = parts_of(text)
+    assert (parts.reason, row_of(parts).id, row_of(parts).source_id) == (None, given, "evt_1")
+    assert rebuilt(parts) == text
+
+
 def test_a_repeated_id_is_an_event_of_its_own_and_keeps_its_original() -> None:
     text = json.dumps(example()).encode()
     first, second = parts_of(text), parts_of(text, occurrence=1)

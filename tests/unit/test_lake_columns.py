@@ -4,6 +4,7 @@ import uuid
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from holdfast.lake.columns import COLUMNS, ROW_TYPES, arrow_schema, delta_schema, to_batch, to_rows
 from holdfast.lake.writer import write_rows
 from holdfast.schemas.errors import InvalidFieldError
+from holdfast.schemas.ids import normal_event_id
 from holdfast.schemas.rows import TABLES, ContextRow, EventRow, KeyVersionRow, Row
 from tests.test_lake_samples import (
     EPOCH,
@@ -105,6 +107,21 @@ def test_contexts_round_trip(bodies: list[bytes], expires_at_ms: int | None) -> 
 )
 def test_events_round_trip(row: EventRow) -> None:
     assert to_rows("events", to_batch("events", [row])) == [row]
+
+
+def test_an_id_of_a_producer_takes_room_only_where_the_events_id_does_not_hold_it() -> None:
+    packed, hashed, said = "evt_00c0ffee", "evt of a long name: 00c0ffee", "said by the producer"
+    rows = [
+        event(seq, id=normal_event_id("ns", each)[0], source_id=each) for seq, each in enumerate([packed, hashed], 1)
+    ]
+    rows += [event(3, id=normal_event_id("ns", packed)[0], source_id=said), event(4)]
+    batch = to_batch("events", [*rows])
+    assert batch.column("source_id").to_pylist() == [None, hashed, said, None]
+    assert to_rows("events", batch) == rows
+    # Files of an earlier release hold the text.
+    column = batch.schema.get_field_index("source_id")
+    texts = pa.array([row.source_id for row in rows], pa.string())
+    assert to_rows("events", batch.set_column(column, "source_id", texts)) == rows
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from holdfast.client import Event, lineage
 from holdfast.client.lineage_context import HEADER_BYTES, IdMint, continued_trace
 from holdfast.schemas.errors import InvalidFieldError, InvalidRefError, TooLargeError
-from holdfast.schemas.ids import EventId, new_event_id
+from holdfast.schemas.ids import EventId, new_event_id, normal_event_id
 from holdfast.schemas.lineage import FIELDS
 from tests.support import examples
 
@@ -171,6 +171,16 @@ def test_a_w3c_trace_goes_out_with_the_root_as_its_trace_and_the_event_as_its_sp
     assert lineage.to_headers(FULL)["traceparent"] == trace
     with pytest.raises(InvalidFieldError):
         lineage.to_traceparent({"session_id": "s"})
+
+
+def test_ids_of_producers_have_spans_of_their_own_whatever_they_end_in() -> None:
+    given = ["alpha_event", "gamma_event", "7", "8", "evt_abc123", "x" * 40]
+    spans = [lineage.to_traceparent({"event_id": each}).split("-")[2] for each in given]
+    assert len(set(spans)) == len(given)
+    # No half of them is a count, or mostly zeros: they are random bits, as tools that sample traces expect.
+    assert all(len(set(span)) > 4 for span in spans)
+    same = normal_event_id("ns", "evt_abc123")[0]
+    assert lineage.to_traceparent({"event_id": same}) == lineage.to_traceparent({"event_id": "evt_abc123"})
 
 
 def test_a_w3c_trace_of_another_tool_comes_in_and_is_continued() -> None:

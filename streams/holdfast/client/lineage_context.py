@@ -15,7 +15,7 @@ import msgspec
 
 from holdfast.schemas import limits
 from holdfast.schemas.errors import InvalidFieldError, TooLargeError
-from holdfast.schemas.ids import MAX_MS, EventId, derived_event_id, normal_event_id
+from holdfast.schemas.ids import MAX_MS, EventId, derived_event_id, normal_event_id, unpacked_source_id
 from holdfast.schemas.lineage import ALIASES, ATTRIBUTES, FIELDS, IDENTITY_FIELDS
 from holdfast.schemas.refs import parse_ref
 from holdfast.streams.decode import is_traceparent
@@ -227,7 +227,10 @@ class IdMint:
 
 
 def _uuid_hex(event_id: str) -> str:
-    return uuid.UUID(normal_event_id("", event_id)[0]).hex
+    normal = normal_event_id("", event_id)[0]
+    # Spans are the second half of an id, of which packed ones may have no more there than a counter, or nothing.
+    held = unpacked_source_id(normal)
+    return uuid.UUID(normal if held is None else derived_event_id("", "trace", held)).hex
 
 
 def _escaped(character: str) -> str:

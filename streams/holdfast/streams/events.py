@@ -10,7 +10,7 @@ import msgspec
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import check_nesting, encode_json
 from holdfast.schemas.errors import InvalidFieldError, TooLargeError
-from holdfast.schemas.ids import MAX_MS, iso_from_ms, new_event_id, normal_event_id, now_ms
+from holdfast.schemas.ids import MAX_MS, is_canonical_uuid, iso_from_ms, new_event_id, now_ms, unpacked_source_id
 from holdfast.schemas.lineage import ATTRIBUTES
 from holdfast.schemas.names import is_well_formed
 from holdfast.schemas.refs import Ref, parse_ref
@@ -92,20 +92,21 @@ def encode_event(event: NewEvent) -> Outgoing:
     if isinstance(event.data, bytes | bytearray | memoryview):
         raise InvalidFieldError("data is bytes, not JSON", field="data", hint="put bytes as a context instead")
     at_ms = event.timestamp_ms
+    is_derived_root = event.root_event_id == event.id and event.parent_event_id is None
     body = EventBody(
         timestamp=None if at_ms is None or timestamps_agree(event.id, at_ms) else iso_from_ms(at_ms),
         session_id=event.session_id,
         correlation_id=event.correlation_id,
         parent_event_id=event.parent_event_id,
         # What a reader derives is not sent: a root of itself, the depth of a root or of its child.
-        root_event_id=None if event.root_event_id in (None, event.id) else event.root_event_id,
+        root_event_id=None if is_derived_root else event.root_event_id,
         event_depth=event.event_depth if event.event_depth != (0 if event.parent_event_id is None else 1) else None,
         client_id=event.client_id,
         originator=event.originator,
         context_ref=event.context_ref,
         data=_raw_json(event.data, "data"),
         attributes=_raw_json(event.attributes, ATTRIBUTES),
-        source_id=event.source_id,
+        source_id=None if event.source_id == unpacked_source_id(event.id) else event.source_id,
     )
     payload = msgspec.json.encode(body)
     if len(payload) > limits.EVENT_BYTES:
@@ -142,7 +143,7 @@ def _check_event_id(value: object, field: str, *, is_optional: bool) -> None:
     if value is None and is_optional:
         return
     # A reader turns anything else into another id: what was sent would not be found again under it.
-    if not (isinstance(value, str) and normal_event_id("", value)[1] is None):
+    if not (isinstance(value, str) and is_canonical_uuid(value)):
         raise InvalidFieldError(
             f"{field} {repr(value)[:60]} is not a UUID in canonical form", field=field, hint="use normal_event_id"
         )

@@ -16,6 +16,7 @@ A body that is valid UTF-8 is in ``body``, any other (and every chunk, which may
 ``body_binary``: exact bytes either way.  Of a joint its list is in ``body``, the bytes behind in ``body_binary``, near
 to those that they resemble.  ``created_at`` is null in the rows that bring no context of their own
 (``chunk``, ``joint``, ``touch``), so that a file's null count tells how many contexts it brings without opening it.
+``source_id`` is null where ``event_id`` holds it, whatever the row says (ADR 12); it is there again in rows and views.
 Times are naive UTC (``timestamp_ntz``): a TIMESTAMPTZ would need pytz to reach Python from DuckDB.
 """
 
@@ -32,6 +33,7 @@ import pyarrow as pa
 from deltalake import Schema
 
 from holdfast.schemas.errors import InvalidFieldError
+from holdfast.schemas.ids import unpacked_source_id
 from holdfast.schemas.refs import parse_ref
 from holdfast.schemas.rows import ContextRow, EventRow, Form, KeyVersionRow, Op, Row, Table
 
@@ -109,7 +111,7 @@ COLUMNS: Final[dict[Table, tuple[Column, ...]]] = {
         Column("agent_id", _TEXT, "dictionary"),
         Column("session_id", _TEXT, "dictionary", bloom=True),
         Column("correlation_id", _TEXT, "dictionary", bloom=True),
-        Column("parent_event_id", _UUID, "uuid"),
+        Column("parent_event_id", _UUID, "plain"),
         Column("root_event_id", _UUID, "dictionary"),
         Column("event_depth", pa.int32(), "delta"),
         Column("client_id", _TEXT, "dictionary"),
@@ -212,9 +214,15 @@ def to_batch(table: Table, rows: Sequence[Row]) -> Any:
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
+def _stored_source_id(row: EventRow) -> str | None:
+    # Most are in the event's id already.
+    return None if row.source_id is None or row.source_id == unpacked_source_id(row.id) else row.source_id
+
+
 # Columns whose attribute in the row has another name, or that are derived.
 _GETTERS: Final[dict[str, Callable[[Any], Any]]] = {
     "event_id": lambda row: row.id if isinstance(row, EventRow) else row.event_id,
+    "source_id": _stored_source_id,
     "stream_seq": attrgetter("seq"),
     "created_at": lambda row: None if row.form in ("chunk", "joint", "touch") else row.stored_at_ms,
 }
@@ -332,6 +340,8 @@ def stored_body(form: Form, text: bytes | None, binary: bytes | None) -> bytes:
 def _build_event(values: dict[str, Any]) -> EventRow:
     _milliseconds(values, "timestamp_ms", "stored_at_ms")
     values["id"] = values.pop("event_id")
+    if values["source_id"] is None:
+        values["source_id"] = unpacked_source_id(values["id"])
     values["seq"] = values.pop("stream_seq")
     return EventRow(**values)
 

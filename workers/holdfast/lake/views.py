@@ -17,6 +17,8 @@ every body together before it finds that it needs a few, since DuckDB does not p
 stored by then (a timestamp; without a zone, or as text, it is UTC); both have the columns of ``key_versions`` and
 ``live``: neither deleted nor expired, now or at that moment.  ``get_context_stats()`` is one row of totals.  Times are
 TIMESTAMP in UTC, ids are UUID.
+
+``source_id`` of ``events`` is read out of ``event_id`` where that holds it, half a microsecond a row that is asked for.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ import pyarrow as pa
 
 from holdfast.lake.columns import COLUMNS
 from holdfast.lake.joints import DEPTH
+from holdfast.schemas.ids import PACKED_DIGITS, PACKED_MARK, PACKED_TAIL
 
 if TYPE_CHECKING:
     from holdfast.lake.log import Snapshot
     from holdfast.schemas.rows import Table
 
 STORED: Final[dict[Table, str]] = {"contexts": "contexts_stored", "events": "events", "key_versions": "key_versions"}
-"""The view that shows a table's rows as they are."""
+"""The view that shows a table's rows as they are, ids of producers included."""
 
 # Put together above one chain of scan, unnest and joins, grouped by every column of the row: so a filter on any of them
 # reaches the scan, and a query that does not ask for a body reads none.  Joints are unfolded on the way: each level
@@ -103,6 +106,32 @@ _CONTEXTS: Final = "".join(
 )
 
 
+# What ``holdfast.schemas.ids.unpacked_source_id`` does, in layers that cost nothing to who does not ask for source_id.
+# The mark is looked for as a range of UUIDs, so that no other id is turned into text.
+_EVENTS: Final = f"""
+SELECT * EXCLUDE (id_text_, held_) REPLACE (coalesce(source_id, CASE
+    WHEN held_.size + held_.tail NOT BETWEEN 1 AND {PACKED_DIGITS} OR held_.tail > {PACKED_TAIL} THEN NULL
+    WHEN held_.room[held_.size + 1:{PACKED_DIGITS} - held_.tail]
+        <> repeat('0', {PACKED_DIGITS} - held_.size - held_.tail) THEN NULL
+    WHEN NOT regexp_full_match(held_.room[1:held_.size], '(2[1-9a-f]|[3-6][0-9a-f]|7[0-9a-e])*') THEN NULL
+    WHEN held_.tail < {PACKED_TAIL} AND regexp_matches(held_.room[1:held_.size], '(3[0-9]|6[1-6])$') THEN NULL
+    ELSE decode(from_hex(held_.room[1:held_.size])) || right(held_.room, held_.tail)
+END) AS source_id)
+FROM (
+    SELECT *, CASE WHEN id_text_[15] = '8' AND id_text_[20] = '8' THEN {{{{
+        'size': 2 * (instr('0123456789abcdef', id_text_[5]) - 1),
+        'tail': instr('0123456789abcdef', id_text_[6]) - 1,
+        'room': id_text_[7:8] || id_text_[10:13] || id_text_[16:18] || id_text_[21:23] || id_text_[25:36]
+    }}}} END AS held_
+    FROM (
+        SELECT *, CASE WHEN event_id BETWEEN CAST('{PACKED_MARK}0000-0000-8000-8000-000000000000' AS UUID)
+            AND CAST('{PACKED_MARK}ffff-ffff-8fff-8fff-ffffffffffff' AS UUID)
+            THEN CAST(event_id AS VARCHAR) END AS id_text_
+        FROM ({{rows}})
+    )
+)
+"""  # noqa: S608  our own constants
+
 # Not CAST(now() AS TIMESTAMP): that would be local time where the session has a time zone.
 _NOW: Final = "make_timestamp(epoch_us(now()))"
 # With the coalesce it takes a timestamp with a zone, one without and a literal alike.
@@ -160,7 +189,10 @@ def view_statements(
     is_any = False
     for snapshot in snapshots:
         tail = (tails or {}).get(snapshot.table)
-        yield f"{create} {STORED[snapshot.table]} AS {_stored_rows(snapshot, tail)}"
+        rows = _stored_rows(snapshot, tail)
+        if snapshot.table == "events":
+            rows = _EVENTS.format(rows=rows)
+        yield f"{create} {STORED[snapshot.table]} AS {rows}"
         if snapshot.table == "contexts":
             yield f"{create} contexts AS {_CONTEXTS.format(and_wanted='')}"
             of_refs = _CONTEXTS.format(and_wanted="AND ref IN (SELECT unnest(refs))")

@@ -11,8 +11,8 @@ hole                  what is put there
 ====================  ===========================================================================================
 name, agent_id, …     the column as text; ``"as":"utf8"`` with its characters as they are
 event_id              the producer's own id: ``source_id`` where it was no UUID, else the event's id
-parent, root          the column where the original was a UUID; ``"as":"source"`` the ``source_id`` of that event;
-                      ``"as":"self"`` the event's own id
+parent, root          the column where the original was a UUID; ``"as":"source"`` what the column's id holds, else the
+                      ``source_id`` of that event; ``"as":"self"`` the event's own id
 timestamp             the milliseconds of the column and the digits that the message's member :data:`DIGITS` holds
 event_depth           the column
 data                  the exact JSON text
@@ -37,7 +37,7 @@ from holdfast.ops.embedded.scanning import Member
 from holdfast.schemas import limits
 from holdfast.schemas.bodies import BINARY
 from holdfast.schemas.errors import HoldfastError, IntegrityError, TooLargeError
-from holdfast.schemas.ids import derived_event_id, iso_from_ms, normal_event_id
+from holdfast.schemas.ids import derived_event_id, iso_from_ms, normal_event_id, unpacked_source_id
 from holdfast.schemas.names import check_agent, check_event_name
 from holdfast.schemas.refs import JSON, Ref, compute_digest, format_ref
 from holdfast.schemas.rows import EventRow
@@ -108,7 +108,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
         body: dict[str, Any] = {}
         # The header takes any id that is plain; the first event of an id is known by it.
         by_source = event.source_id is not None and not self.is_repeated and _PLAIN.fullmatch(event.source_id)
-        if event.source_id is not None and not by_source:
+        if event.source_id is not None and not by_source and event.source_id != unpacked_source_id(event.id):
             body["source_id"] = event.source_id
         if event.timestamp_ms is not None and not timestamps_agree(event.id, event.timestamp_ms):
             is_plain = event.timestamp_ms > _LEAST_MS
@@ -286,7 +286,9 @@ class _Cutter:
             return _hole(name, "self") if text == _own_id(self._event) else None
         if text == expected:
             return _hole(name)
-        if normal_event_id(self._event.namespace, text)[0] == expected and self._known(text):
+        if normal_event_id(self._event.namespace, text)[0] != expected:
+            return None
+        if unpacked_source_id(expected) == text or self._known(text):
             return _hole(name, "source")
         return None
 
@@ -317,8 +319,10 @@ def _fill(row: EventRow, name: str, spelling: str, originals: Originals) -> byte
             other = row.parent_event_id if name == "parent" else row.root_event_id
             if spelling == "self":
                 text = row.source_id or row.id
+            elif spelling == "source" and other is not None:
+                text = unpacked_source_id(other) or originals(other)
             else:
-                text = originals(other) if spelling == "source" and other is not None else other
+                text = other
             spelling = holes.TEXT
         case "name" | "agent_id" | "correlation_id" | "session_id" | "client_id" | "originator":
             text = getattr(row, name)

@@ -16,6 +16,7 @@ from holdfast.ops.embedded.migration import Place, Progress, in_source_order, pa
 from holdfast.ops.embedded.source import EmbeddedSource, Item
 from holdfast.ops.embedded.survey import IdSet
 from holdfast.schemas.errors import HoldfastError, IntegrityError
+from holdfast.schemas.ids import unpacked_source_id
 from holdfast.schemas.refs import Ref
 from holdfast.schemas.rows import EventRow
 from holdfast.streams.decode import decode_event
@@ -92,7 +93,8 @@ class EmbeddedStore:
         """Returns the original text of each event, or why it cannot be put together."""
         others = {other for row in rows for other in (row.parent_event_id, row.root_event_id) if other is not None}
         known = {row.id: row.source_id for row in rows}
-        originals = known | self._sources([other for other in others if other not in known])
+        asked = [other for other in others if other not in known and unpacked_source_id(other) is None]
+        originals = known | self._sources(asked)
         self._load_forms({row.context_ref for row in rows if row.context_ref is not None})
         return [self._text(row, originals) for row in rows]
 

@@ -37,7 +37,7 @@ from holdfast.ops.traces.records import (
 )
 from holdfast.ops.traces.sources import Source, read_lines
 from holdfast.schemas.errors import InputError, InvalidFieldError, InvalidNameError
-from holdfast.schemas.ids import normal_event_id
+from holdfast.schemas.ids import is_canonical_uuid
 from holdfast.schemas.names import check_kind
 
 ASSISTANT: Final = "claude-code"
@@ -131,8 +131,7 @@ class _Transcript:
         return _NO_CAUSE
 
     def _is_id(self, uuid: str, record: JsonObject) -> bool:
-        is_canonical = normal_event_id("", uuid)[1] is None
-        return is_canonical and uuid not in self._indexes and record.get("forkedFrom") is None
+        return is_canonical_uuid(uuid) and uuid not in self._indexes and record.get("forkedFrom") is None
 
 
 def _blocks(record: JsonObject) -> list[JsonObject]:
