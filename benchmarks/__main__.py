@@ -22,6 +22,7 @@ from benchmarks import (
     bench_resolve,
     bench_resolver,
     bench_traces,
+    bench_trees,
     bench_write,
 )
 from benchmarks.bench import Bench
@@ -44,6 +45,7 @@ FILES: Final[tuple[tuple[tuple[str, ...], Callable[[Bench], Awaitable[None]]], .
     (bench_keys.FIGURES, bench_keys.run),
     (bench_lineage.FIGURES, bench_lineage.run),
     (bench_lake.FIGURES, bench_lake.run),
+    (bench_trees.FIGURES, bench_trees.run),
     (bench_archive.FIGURES, bench_archive.run),
     (bench_traces.FIGURES, bench_traces.run),
 )

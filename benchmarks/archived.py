@@ -1,4 +1,4 @@
-"""Contexts in a stream and their way into a lake, for the benchmarks of the archive and of the lake."""
+"""What is in a stream and its way into a lake, for the benchmarks of the archive and of the lake."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from holdfast.workers.archive_table import TableArchiver
 if TYPE_CHECKING:
     from holdfast.client import Holdfast
     from holdfast.schemas.refs import Ref
+    from holdfast.schemas.rows import Table
     from holdfast.streams.connection import Connection
 
 BODY_BYTES: Final = 1_400
@@ -42,8 +43,10 @@ async def archive_connection(server: BenchServer) -> AsyncGenerator[Connection]:
         yield connection
 
 
-async def archive_contexts(connection: Connection, directory: Path, *, rows_per_commit: int) -> None:
-    """Archives the stream of contexts into a new lake, as the archiver does, and brings the look-up index up to it.
+async def archive_stream(
+    connection: Connection, directory: Path, *, rows_per_commit: int, table: Table = "contexts"
+) -> None:
+    """Archives the stream of a table into a new lake, as the archiver does, and brings the look-up index up to it.
 
     Returns when the last commit is fsynced and indexed.
     """
@@ -51,7 +54,7 @@ async def archive_contexts(connection: Connection, directory: Path, *, rows_per_
     index = await asyncio.to_thread(lambda: LakeIndex.open(directory / "index"))
     hot = HotTier(connection)
     with ThreadPoolExecutor(1) as executor:
-        archiver = TableArchiver("contexts", connection=connection, hot=hot, lake=lake, index=index, executor=executor)
+        archiver = TableArchiver(table, connection=connection, hot=hot, lake=lake, index=index, executor=executor)
         try:
             while await archiver.cycle(limit=rows_per_commit):
                 pass

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow.parquet as pq
 
-from benchmarks.archived import BODY_BYTES, archive_connection, archive_contexts, store
+from benchmarks.archived import BODY_BYTES, archive_connection, archive_stream, store
 from benchmarks.bench import Bench, Figure
 from benchmarks.measure import Run, Side, timed
 from benchmarks.raw_nats import pull_all
@@ -44,7 +44,7 @@ async def run(bench: Bench) -> None:
         async with server.connect(cache_bytes=0) as hf:
             await store(hf, rows, seed=7)
         directory = bench.directory("archive")
-        await archive_contexts(connection, directory, rows_per_commit=rows)
+        await archive_stream(connection, directory, rows_per_commit=rows)
         groups = _row_groups(directory / "lake" / "contexts")
         await bench.figure(
             Figure(
@@ -64,7 +64,7 @@ async def run(bench: Bench) -> None:
 
 async def _archive(bench: Bench, connection: Connection, count: int) -> Run:
     directory = bench.directory("archive")
-    run = await timed(count, partial(archive_contexts, connection, directory, rows_per_commit=count))
+    run = await timed(count, partial(archive_stream, connection, directory, rows_per_commit=count))
     shutil.rmtree(directory)
     return run
 

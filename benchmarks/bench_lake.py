@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import pyarrow.parquet as pq
 
-from benchmarks.archived import BODY_BYTES, archive_connection, archive_contexts, store
+from benchmarks.archived import BODY_BYTES, archive_connection, archive_stream, store
 from benchmarks.bench import Bench, Figure
 from benchmarks.children import child
 from benchmarks.measure import Runner, Side, load
@@ -58,7 +58,7 @@ async def run(bench: Bench) -> None:
         async with server.connect(cache_bytes=0) as hf:
             refs = await store(hf, rows, seed=8)
         async with archive_connection(server) as connection:
-            await archive_contexts(connection, directory, rows_per_commit=min(ROWS_PER_COMMIT, rows // 2))
+            await archive_stream(connection, directory, rows_per_commit=min(ROWS_PER_COMMIT, rows // 2))
             await purge_below(connection, HOT_STREAM, rows + 1)
         arguments = ("--url", server.url, "--lake", str(directory / "lake"))
         async with (
