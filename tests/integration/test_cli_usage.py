@@ -14,7 +14,7 @@ COMMANDS = (
     "up", "worker", "demo", "import", "put", "resolve", "emit", "query", "sql", "flush", "evict", "stats", "health",
     "dead", "verify", "config", "accept-gap", "get", "set", "patch", "append", "history", "diff", "rollback", "rm",
     "ls", "watch", "session", "policy", "cleanup", "archive-old-versions", "lineage", "migrate", "export", "warm",
-    "checkpoint", "orchestration", "optimization", "job", "encryption",
+    "checkpoint", "handler", "orchestration", "optimization", "job", "encryption",
 )  # fmt: skip
 
 
