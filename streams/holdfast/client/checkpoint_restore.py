@@ -70,8 +70,7 @@ from holdfast.streams.publish import (
     publish,
     publish_batch,
 )
-from holdfast.streams.pull import StreamReader
-from holdfast.streams.restoring import is_empty, mark_restore, namespace_filter, restore_under_way
+from holdfast.streams.restoring import is_empty, mark_restore, pages_of, restore_under_way
 from holdfast.streams.retry import READ_DEADLINE_S, WRITE_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import stream_info
 
@@ -81,7 +80,6 @@ if TYPE_CHECKING:
 MOST_TOLD: Final = 20
 """Keys that are named because they were passed over; the rest is counted."""
 
-_READ_ITEMS: Final = 1_000
 _ATTEMPTS: Final = 5
 """How often a batch of versions is planned anew because another writer was faster."""
 
@@ -175,24 +173,8 @@ class Restore:
     async def _survey(self, namespace: str | None, scratch: Scratch) -> None:
         """Remembers the events and the heads of keys that the store holds before anything is written."""
         for stream in (KEYS, EVENTS):
-            info = await call_with_retry(
-                partial(stream_info, self._connection, STREAMS[stream]), deadline_s=READ_DEADLINE_S
-            )
-            reader = StreamReader(
-                self._connection,
-                info.name,
-                max(1, info.first_seq),
-                allow_gaps=True,
-                filter_subject=namespace_filter(info.name, namespace),
-            )
-            try:
-                while reader.next_seq <= info.last_seq:
-                    messages, _ = await call_with_retry(
-                        partial(reader.read, limit=_READ_ITEMS, up_to=info.last_seq), deadline_s=WRITE_DEADLINE_S
-                    )
-                    await in_thread(partial(note_target, stream, messages, scratch))
-            finally:
-                await reader.close()
+            async for messages in pages_of(self._connection, STREAMS[stream], namespace):
+                await in_thread(partial(note_target, stream, messages, scratch))
 
     async def _write(self, path: Path, scratch: Scratch, hot: HotTier, log: KeyLog) -> None:
         reader = await in_thread(lambda: CheckpointReader(path))

@@ -35,10 +35,7 @@ from holdfast.schemas import limits
 from holdfast.schemas.errors import HoldfastError
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow
 from holdfast.streams.hot import HotTier
-from holdfast.streams.pull import StreamReader
-from holdfast.streams.restoring import namespace_filter
-from holdfast.streams.retry import READ_DEADLINE_S, WRITE_DEADLINE_S, call_with_retry
-from holdfast.streams.topology import stream_info
+from holdfast.streams.restoring import pages_of
 from holdfast.streams.wire import H_SEQUENCE, dead_subject, namespace_token
 
 if TYPE_CHECKING:
@@ -48,7 +45,6 @@ if TYPE_CHECKING:
 MOST_TOLD: Final = 20
 """Items that are named because something is wrong with them; the rest is counted."""
 
-_READ_ITEMS: Final = 1_000
 _CONTEXTS_AT_ONCE: Final = 100
 """Contexts read at once: of the largest, 50 MiB."""
 
@@ -118,24 +114,8 @@ class Verification:
         return self.report
 
     async def _remember(self, stream: int, namespace: str | None, scratch: Scratch) -> None:
-        info = await call_with_retry(
-            partial(stream_info, self._connection, STREAMS[stream]), deadline_s=READ_DEADLINE_S
-        )
-        reader = StreamReader(
-            self._connection,
-            info.name,
-            max(1, info.first_seq),
-            allow_gaps=True,
-            filter_subject=namespace_filter(info.name, namespace),
-        )
-        try:
-            while reader.next_seq <= info.last_seq:
-                messages, _ = await call_with_retry(
-                    partial(reader.read, limit=_READ_ITEMS, up_to=info.last_seq), deadline_s=WRITE_DEADLINE_S
-                )
-                await in_thread(partial(_note, stream, messages, scratch))
-        finally:
-            await reader.close()
+        async for messages in pages_of(self._connection, STREAMS[stream], namespace):
+            await in_thread(partial(_note, stream, messages, scratch))
 
     async def _compare(self, header: Header, page: Sequence[Item], scratch: Scratch) -> None:
         stream = page[0].stream

@@ -1,4 +1,5 @@
-"""What a restore needs of the streams that others do not: whether they are empty, and a mark that one is under way.
+"""What a restore needs of the streams that others do not: whether they are empty, all that they hold, and a mark that
+one is under way.
 
 The mark is in the metadata of the hot tier's stream, so that it is as durable as what is restored: a restore that was
 cut off finds it again, and everybody else sees that the system is not whole yet.
@@ -6,15 +7,21 @@ cut off finds it again, and everybody else sees that the system is not whole yet
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from holdfast.schemas.names import encode_token
-from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
+from holdfast.streams.pull import StreamReader
+from holdfast.streams.retry import READ_DEADLINE_S, WRITE_DEADLINE_S, call_with_retry
+from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, HOT_STREAM, KEYS_STREAM, hot_subject, key_filter
 
 if TYPE_CHECKING:
     from holdfast.streams.connection import Connection
+    from holdfast.streams.messages import StoredMessage
+
+_PAGE: Final = 1_000
 
 RESTORING_KEY: Final = "holdfast.restoring"
 """In the metadata of the hot tier's stream: the digest of the checkpoint that is being restored."""
@@ -40,6 +47,26 @@ async def is_empty(connection: Connection, stream: str, namespace: str | None) -
         partial(connection.api, f"STREAM.INFO.{stream}", request), deadline_s=READ_DEADLINE_S
     )
     return not answer["state"].get("subjects")
+
+
+async def pages_of(connection: Connection, stream: str, namespace: str | None) -> AsyncGenerator[list[StoredMessage]]:
+    """Yields what a stream holds of a namespace, or of all, in its order, up to where it ended when this was asked."""
+    info = await call_with_retry(partial(stream_info, connection, stream), deadline_s=READ_DEADLINE_S)
+    reader = StreamReader(
+        connection,
+        stream,
+        max(1, info.first_seq),
+        allow_gaps=True,
+        filter_subject=namespace_filter(stream, namespace),
+    )
+    try:
+        while reader.next_seq <= info.last_seq:
+            messages, _ = await call_with_retry(
+                partial(reader.read, limit=_PAGE, up_to=info.last_seq), deadline_s=WRITE_DEADLINE_S
+            )
+            yield messages
+    finally:
+        await reader.close()
 
 
 async def restore_under_way(connection: Connection) -> str | None:
