@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import duckdb
+import msgspec
 
 from benchmarks.archived import archive_connection, archive_stream
 from benchmarks.bench import NAMESPACE, Bench, Figure
@@ -121,7 +122,12 @@ async def _figures(
                     what=what,
                     kind="latency",
                     durability="durable",
-                    parameters={"concurrency": 1, "rows": rows, "events": asked[0][2]},
+                    parameters={
+                        "payload_bytes": len(msgspec.json.encode(lines[0][0].data)),
+                        "concurrency": 1,
+                        "rows": rows,
+                        "events": asked[0][2],
+                    },
                     least=20,
                 ),
                 Side("", _each(asked, ours)),
