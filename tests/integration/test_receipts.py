@@ -344,6 +344,16 @@ async def test_what_is_made_with_an_explicit_lineage_is_told_at_once_and_once(hf
         await hf.put({"step": 2}, lineage={"session_id": "s1"})
 
 
+async def test_what_is_made_by_the_explicit_path_has_the_inputs_of_the_work_it_was_made_in(hf: Holdfast) -> None:
+    brief = await hf.put({"goal": "fly"})
+    event = await hf.emit("plan:asked")
+    async with hf.working_on(event) as context:
+        await hf.resolve(brief, lineage=context)
+        plan = await hf.put({"steps": ["fly"]}, lineage={**context, "budget": 3})
+    [work] = (await hf.inputs_of(plan)).works
+    assert (work.event_id, [item.ref for item in work.read]) == (event.event_id, [brief])
+
+
 async def test_an_event_that_is_not_stored_is_told_by_its_id(hf: Holdfast) -> None:
     ref = await hf.put("x")
     absent = str(new_event_id())

@@ -264,11 +264,11 @@ def note_read(row: ContextRow) -> None:
         inner.reads.read(row.ref, row.size)
 
 
-def note_stored(context: Context, event_id: str | None = None) -> None:
+def note_stored(context: Context) -> None:
     """Notes for the receipt of the current event, if one is kept, that it made a context; for the client."""
     inner = _current.get()
     if inner is not None and inner.reads is not None:
-        inner.reads.produced(context.ref, context.stored_size, event_id)
+        inner.reads.produced(context.ref, context.stored_size)
 
 
 @contextmanager

@@ -339,10 +339,10 @@ class Holdfast(EventReader):
         refs = await self._store(contexts)
         scope = current_scope()
         for ref, context in zip(refs, contexts, strict=True):
-            if lineage is not None:
-                await self.receipts.record_made(lineage, ref, len(context.body))
-            elif scope is not None and scope.reads is not None:
+            if scope is not None and scope.reads is not None and is_under(lineage, scope):
                 scope.reads.produced(ref, len(context.body))
+            elif lineage is not None:
+                await self.receipts.record_made(lineage, ref, len(context.body))
         return refs
 
     async def _store(self, contexts: list[NewContext]) -> list[Ref]:
