@@ -34,6 +34,11 @@ class MovedClock(ServerClock):
         return await super().now_ms() + self.passed_ms
 
 
+def shorten_writes(hf: Holdfast, deadline_s: float = 1.5) -> None:
+    """Lets a client give up a body that nobody takes sooner than the 30 s that users have."""
+    hf._hot._committer._deadline_s = deadline_s
+
+
 def keys_of(connection: Connection, namespace: str, clock: ServerClock) -> Keys:
     """Named contexts on a clock of the test's."""
     hot, resolver = HotTier(connection), ResolverClient(connection, namespace)

@@ -26,6 +26,7 @@ from holdfast.streams.decode import KeyVersionBody
 from holdfast.streams.publish import Outgoing, publish
 from holdfast.streams.wire import H_FORM, H_KIND, HOT_STREAM, KEYS_STREAM, hot_subject, key_subject
 from tests.campaigns.rig import Rig
+from tests.key_support import shorten_writes
 
 if TYPE_CHECKING:
     from holdfast.client.key_cold import ColdKeySource
@@ -333,8 +334,10 @@ async def test_an_equal_body_that_cannot_be_looked_at_is_unavailable_not_a_confl
     await rig.evict()
     await one.keys.put("talk", TURNS[:30])
     await rig.stop_workers()
-    with pytest.raises(UnavailableError):
-        await two.keys.put("copy", TURNS[:30])
+    async with connect(rig.server.url, agent="impatient") as impatient:
+        shorten_writes(impatient)
+        with pytest.raises(UnavailableError):
+            await impatient.keys.put("copy", TURNS[:30])
     await rig.start_workers()
     assert (await two.keys.put("copy", TURNS[:30])).version == 1
 
