@@ -89,6 +89,11 @@ class OwnServer:
             await asyncio.wait_for(self._server.wait_failed(), LIMIT_S)
         await self.stop()
 
+    def signal(self, number: signal.Signals) -> None:
+        """Sends the server's process a signal, such as SIGSTOP and SIGCONT."""
+        assert self._server is not None, "the server is down"
+        os.kill(self._server.info.pid, number)
+
     async def restart(self) -> None:
         """Kills the server and starts it on the same data."""
         await self.kill()

@@ -152,7 +152,7 @@ def test_flush_evict_stats_and_the_lake(holdfast: InProcess, namespace: str) -> 
     assert evicted["left"] == 0
 
     stats = holdfast("stats", "--json").json
-    assert set(stats) == {"hot", "contexts", "events", "keys", "lake", "watermarks", "handlers", "dead"}
+    assert set(stats) == {"hot", "contexts", "events", "keys", "lake", "watermarks", "handlers", "dead", "scrub"}
     assert stats["hot"] == {"contexts": 0, "bytes": stats["hot"]["bytes"]}
     assert stats["events"]["unarchived"] == 0
     assert set(stats["lake"]) == {"contexts", "events", "key_versions", "bytes", "files"}

@@ -12,9 +12,10 @@ from tests.command_line import CommandLine, InProcess, in_process
 
 COMMANDS = (
     "up", "worker", "demo", "import", "put", "resolve", "emit", "query", "sql", "flush", "evict", "stats", "health",
+    "metrics",
     "dead", "verify", "config", "accept-gap", "get", "set", "patch", "append", "history", "diff", "rollback", "rm",
     "ls", "watch", "session", "policy", "cleanup", "archive-old-versions", "lineage", "migrate", "export", "warm",
-    "checkpoint", "handler", "orchestration", "optimization", "job", "encryption",
+    "checkpoint", "handler", "orchestration", "optimization", "job", "encryption", "backup", "restore", "backups",
 )  # fmt: skip
 
 

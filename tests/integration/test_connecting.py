@@ -49,6 +49,36 @@ async def test_one_of_several_servers_is_enough(own_server: OwnServer) -> None:
         assert await hf.put("x")
 
 
+async def test_a_server_that_goes_away_at_the_very_moment_is_connected_to_again(own_server: OwnServer) -> None:
+    """It says hello, is gone in the same breath, and is there at the next attempt."""
+    attempts = 0
+    host, port = own_server.url.removeprefix("nats://").split(":")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal attempts
+        attempts += 1
+        their_reader, their_writer = await asyncio.open_connection(host, int(port))
+        if attempts == 1:
+            writer.write(await their_reader.readuntil(b"\r\n"))
+            their_writer.write(await reader.readuntil(b"PING\r\n"))
+            writer.write(await their_reader.readuntil(b"PONG\r\n"))
+            their_writer.close()
+            writer.close()
+        else:
+            await asyncio.gather(copy(reader, their_writer), copy(their_reader, writer))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as between:
+        route = f"nats://127.0.0.1:{between.sockets[0].getsockname()[1]}"
+        async with connect(route) as hf:
+            assert await hf.put("x")
+    assert attempts >= 2
+
+
 async def test_a_server_that_never_speaks_is_told() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

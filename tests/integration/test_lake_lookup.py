@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-import holdfast.lake.index as index_module
+import holdfast.lake.index_environment as index_environment
 from holdfast.lake import Lake, LakeIndex, Lookup, compact, vacuum
 from holdfast.lake.compaction import MergePolicy
 from holdfast.schemas.errors import DigestMismatchError, IntegrityError
@@ -234,7 +234,7 @@ def test_a_damaged_index_is_built_anew(
     with LakeIndex.open(tmp_path / "index") as index:
         assert index.refresh(lake).rows_added == 500
         assert len(index.find_contexts([row.digest for row in contexts(1, 500)])) == 500
-    assert ("damaged or foreign" in caplog.text) == bool(content)
+    assert "damaged or foreign" in caplog.text
 
 
 def test_an_index_of_another_lake_is_built_anew(
@@ -271,7 +271,7 @@ def test_rebuild_gives_the_same_index(lake: Lake, index: LakeIndex) -> None:
 
 
 def test_a_full_map_grows(lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "INITIAL_MAP_BYTES", 256 * 1024)
+    monkeypatch.setattr(index_environment, "INITIAL_MAP_BYTES", 256 * 1024)
     rows = contexts(1, 20_000)
     archive(lake, "contexts", [*rows[:100]])
     archive(lake, "contexts", [*contexts(1, 50, epoch="second")])

@@ -406,7 +406,7 @@ async def test_B29_B30_stats_and_health_have_the_stated_fields(plain: Plain, con
     await plain.emit("a.x", {})
     await put_version(control, plain.namespace, "k", 1)
     stats = await plain.call("stats", {})
-    assert set(stats) == {"hot", "contexts", "events", "keys", "lake", "watermarks", "handlers", "dead"}
+    assert set(stats) == {"hot", "contexts", "events", "keys", "lake", "watermarks", "handlers", "dead", "scrub"}
     assert set(stats["hot"]) == {"contexts", "bytes"}
     assert stats["events"]["unarchived"] >= 1
     assert stats["keys"]["live"] >= 1

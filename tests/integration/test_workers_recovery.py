@@ -18,6 +18,7 @@ from holdfast.client import Holdfast, connect
 from holdfast.lake import Lake
 from holdfast.lake import connect as connect_lake
 from holdfast.lake.log import commit_path
+from holdfast.lake.log_copies import drop_copies
 from holdfast.schemas.errors import GapError, UnavailableError
 from holdfast.schemas.rows import TABLES
 from holdfast.streams.connection import open_connection
@@ -61,13 +62,15 @@ def settings(tmp_path: Path) -> WorkerSettings:
 
 
 async def problems(hf: Holdfast) -> list[dict[str, Any]]:
+    """What health tells, but for the workers that a test does not run."""
     health = await hf.health()
     assert health["ok"] == (not health["problems"])
     for problem in health["problems"]:
         assert problem["object"]
         assert problem["what"]
         assert len(problem["next_step"]) > 10
-    return list(health["problems"])
+    left_out = {"ingester", "compactor", "janitor"}
+    return [problem for problem in health["problems"] if problem["object"] not in left_out]
 
 
 # Several archivers
@@ -350,6 +353,8 @@ async def test_a_torn_commit_is_set_aside_and_its_rows_are_archived_again(
     lake = Lake.open(settings.lake)
     last = commit_path(settings.lake / "events", lake.version("events"))
     last.write_bytes(last.read_bytes()[:100])
+    # Torn by a power cut, it was not copied yet.
+    drop_copies(settings.lake / "events", [lake.version("events")])
     # Before an archiver mends it, it is told; readers see what is whole, and the rest live.
     async with running(server.url, settings_in(tmp_path, "reader"), ["resolver"]), connect(server.url) as hf:
         assert {problem["object"] for problem in await problems(hf)} == {"archiver", "lake/events"}
@@ -373,6 +378,7 @@ async def test_a_torn_commit_whose_messages_are_purged_stops_the_archiver(
         lake = Lake.open(settings.lake)
         last = commit_path(settings.lake / "events", lake.version("events"))
         last.write_bytes(b"")
+        drop_copies(settings.lake / "events", [lake.version("events")])
         with pytest.raises(GapError, match="torn"):
             async with running(server.url, settings, ["archiver"]):
                 pytest.fail("the archiver started over a torn commit that nothing can replace")
@@ -406,7 +412,7 @@ def _has_reconnected(workers: RunningWorkers, before: int) -> bool:
 
 
 async def _is_well(hf: Holdfast) -> bool:
-    return bool((await hf.health())["ok"])
+    return await problems(hf) == []
 
 
 async def test_B30_health_tells_that_no_archiver_runs(server: OwnServer, settings: WorkerSettings) -> None:
@@ -418,7 +424,7 @@ async def test_B30_health_tells_that_no_archiver_runs(server: OwnServer, setting
 
 async def test_health_answers_while_a_commit_is_under_way(server: OwnServer, settings: WorkerSettings) -> None:
     """A busy archiver is no missing one."""
-    async with running(server.url, settings, BOTH) as workers, connect(server.url) as hf:
+    async with running(server.url, settings) as workers, connect(server.url) as hf:
         await flush(hf.connection)
         await hf.put_many([{"n": n, "pad": "x" * 200} for n in range(20_000)])
         flushing = asyncio.create_task(flush(hf.connection))

@@ -26,15 +26,21 @@ from typing import Final
 import msgspec
 
 from holdfast.schemas.errors import DataDirectoryError
+from holdfast.schemas.limits import MIB
 from holdfast.streams.local_server import SERVER_FILE, process_start_ticks, read_local_server
 
 LAYOUT_VERSION: Final = 1
 LAYOUT_FILE: Final = "holdfast.json"
 LOCK_FILE: Final = "lock"
+RESTORING: Final = "restoring"
+"""Where a backup is restored, before its parts are moved to their places."""
 CONFIG_FILE: Final = "nats-server.conf"
 
 LOCK_GRACE_S: Final = 5.0
 """How long a lock whose holder is dead may linger: its server, which shares the lock, is being killed by the kernel."""
+
+LEAST_FREE_BYTES: Final = 4 * MIB
+"""What must be free to start: the server's own files, and the first blocks of its streams and of the lake."""
 
 _TMP: Final = ".tmp"
 # A directory that holds other things and no layout file is somebody else's.
@@ -140,6 +146,12 @@ class DataDirectory:
 
     def _check_not_foreign(self) -> None:
         strange = sorted(path.name for path in self.path.iterdir() if path.name.removesuffix(_TMP) not in _OWN_NAMES)
+        if RESTORING in strange:
+            raise DataDirectoryError(
+                f"data directory {self.path} holds a restore that was cut off",
+                field="data",
+                hint="run the same 'holdfast restore' again: it begins anew",
+            )
         if strange:
             raise DataDirectoryError(
                 f"directory {self.path} is not empty and not a holdfast data directory: it holds {strange[0]!r}",
@@ -214,6 +226,21 @@ def write_atomically(path: Path, content: bytes, *, durable: bool) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def check_room(path: Path) -> None:
+    """Raises DataDirectoryError when the disk of a data directory is so full that a server on it could not store."""
+    try:
+        disk = os.statvfs(path)
+    except OSError as error:
+        raise unusable(path, error) from error
+    free = disk.f_bavail * disk.f_frsize
+    if free < LEAST_FREE_BYTES:
+        raise DataDirectoryError(
+            f"the disk of data directory {path} is full: {free:,} bytes are free, a server needs {LEAST_FREE_BYTES:,}",
+            field="data",
+            hint="free some space, or choose another disk with --data",
+        )
 
 
 def unusable(path: Path, error: OSError) -> DataDirectoryError:

@@ -22,10 +22,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
-from holdfast.ops.data_directory import CONFIG_FILE, DataDirectory, unusable, write_atomically
+from holdfast.ops.data_directory import CONFIG_FILE, DataDirectory, check_room, unusable, write_atomically
 from holdfast.ops.server_config import (
     PORTS_DIRECTORY,
     STDERR_FILE,
@@ -75,8 +76,12 @@ class EmbeddedServer:
         self._process: asyncio.subprocess.Process | None = None
         self._stderr_fd: int | None = None
         self._log_start = 0
+        self._limit_bytes = 0
         self._info: LocalServer | None = None
         self._is_stopping = False
+        self._is_distrusted = False
+        # Clear while the server is being restarted, or could not be.
+        self._running = asyncio.Event()
         self._closing = asyncio.Lock()
 
     @classmethod
@@ -120,10 +125,58 @@ class EmbeddedServer:
         Run it beside the work, in the same task group, so that the process stops loudly with its server.
         """
         assert self._process is not None, "the server was not started"
-        status = await self._process.wait()
-        if self._is_stopping:
-            return
-        raise await asyncio.to_thread(unexpected_end, self._settings, self._process.pid, status, self._log_start)
+        while True:
+            await self._running.wait()
+            process = self._process
+            status = await process.wait()
+            if self._is_stopping:
+                return
+            if self._running.is_set() and process is self._process:
+                break
+        raise await asyncio.to_thread(unexpected_end, self._settings, process.pid, status, self._log_start)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server runs, as far as is known: not while it is restarted, nor after a restart that failed."""
+        return self._running.is_set()
+
+    def distrust(self) -> None:
+        """Has the server killed, not asked to stop, when its time comes: it failed to write to its disk.
+
+        A clean stop would record what it remembers and could not write: sequences without a message, which look like
+        a loss.  What it acknowledged is on the disk.
+        """
+        self._is_distrusted = True
+
+    async def restart(self) -> None:
+        """Kills the server and starts it on the same ports and data; clients connect again by themselves.
+
+        Raises ConfigurationError or UnavailableError when it does not become ready: then none runs, and another call
+        may try again.  A cancel leaves none running either.
+        """
+        async with self._closing:
+            if self._is_stopping or self._process is None:
+                return
+            self._running.clear()
+            await self._kill(self._process)
+            if self._process.returncode is None:
+                raise UnavailableError(
+                    f"nats-server (process {self._process.pid}) does not die: its disk does not answer",
+                    hint="mend the disk, then restart the machine",
+                )
+            info = self.info
+            ports = {
+                "port": urlsplit(info.nats_url).port or 0,
+                "monitor_port": urlsplit(info.monitor_url).port or 0,
+            }
+            self._settings = msgspec.structs.replace(self._settings, **ports)
+            await _in_thread(self._write_files)
+            try:
+                await self._run()
+            except BaseException:
+                await self._kill(self._process)
+                raise
+            self._is_distrusted = False
 
     async def close(self) -> None:
         """Stops the server, removes ``server.json`` and releases the data directory.  A second call does nothing."""
@@ -131,16 +184,22 @@ class EmbeddedServer:
             try:
                 await self._stop()
             finally:
+                self._running.set()
                 await _in_thread(self._release)
 
     async def _start(self) -> None:
         assert self._process is None, "a server object is entered once"
-        binary = await _in_thread(self._prepare)
-        process = self._process = await self._spawn(binary)
+        await _in_thread(self._prepare)
+        await self._run()
+
+    async def _run(self) -> None:
+        """Starts the process, for which all files are written, and returns when it is ready."""
+        process = self._process = await self._spawn(find_server_binary())
         ports = await self._wait_ready(process)
         await verify_durability(ports.monitoring[0], self._settings.durability)
         info = await _in_thread(self._publish, process.pid, ports)
         self._info = info
+        self._running.set()
         logger.info(
             "embedded server is ready",
             extra={
@@ -158,20 +217,27 @@ class EmbeddedServer:
                 extra={"action": "server_not_durable", "data": info.data},
             )
 
-    def _prepare(self) -> Path:
+    def _prepare(self) -> None:
         settings = self._settings
         if settings.port and settings.port == settings.monitor_port:
             raise ConfigurationError(
                 f"port and monitor_port are both {settings.port}", field="monitor_port", hint="use --monitor-port 0"
             )
-        binary = find_server_binary()
+        find_server_binary()
         self._directory.open()
+        check_room(settings.data)
+        self._write_files()
+
+    def _write_files(self) -> None:
+        settings = self._settings
         try:
             # What an earlier instance left: it is dead, or the lock would not be ours.
             (settings.data / SERVER_FILE).unlink(missing_ok=True)
             for stale in (settings.data / PORTS_DIRECTORY).glob("*.ports"):
                 stale.unlink(missing_ok=True)
-            config = render_config(settings, store_limit_bytes(settings))
+            # A restart on a disk that was full a moment ago would leave the streams next to nothing.
+            self._limit_bytes = max(self._limit_bytes, store_limit_bytes(settings))
+            config = render_config(settings, self._limit_bytes)
             write_atomically(settings.data / CONFIG_FILE, config.encode(), durable=False)
             self._log_start = log_size(settings.data)
             # Apart from the log: what the server says before it has read its configuration, and a Go panic.
@@ -179,7 +245,6 @@ class EmbeddedServer:
             self._stderr_fd = os.open(settings.data / STDERR_FILE, flags, 0o600)
         except OSError as error:
             raise unusable(settings.data, error) from error
-        return binary
 
     async def _spawn(self, binary: Path) -> asyncio.subprocess.Process:
         # On this thread, though it blocks the loop for about a millisecond: the child is killed when the thread that
@@ -259,7 +324,7 @@ class EmbeddedServer:
         self._is_stopping = True
         # SIGTERM is the clean stop.  SIGUSR2, lame duck, would wait minutes for clients to go.
         with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+            process.kill() if self._is_distrusted else process.terminate()
         try:
             if not await _ends_within(process, self._settings.stop_timeout_s):
                 logger.warning(
@@ -268,10 +333,7 @@ class EmbeddedServer:
                 )
         finally:
             # Reached by a cancel too: the server must not outlive its block.
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await _ends_within(process, KILL_TIMEOUT_S)
+            await self._kill(process)
         if process.returncode is None:
             logger.error(
                 "embedded server does not die and still holds its data directory",
@@ -279,6 +341,12 @@ class EmbeddedServer:
             )
         else:
             logger.info("embedded server has stopped", extra={"action": "server_stopped", "server_pid": process.pid})
+
+    async def _kill(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await _ends_within(process, KILL_TIMEOUT_S)
 
     def _release(self) -> None:
         if self._stderr_fd is not None:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from typing import Final
-from urllib.parse import urlsplit
 
 import msgspec
 
 from holdfast.schemas.errors import ConfigurationError, DurabilityError, UnavailableError
 from holdfast.streams.connection_target import Durability, mask_url
+from holdfast.streams.monitoring import NO_ANSWER, address_of, get, get_health, no_answer
 
 PROBE_TIMEOUT_S: Final = 2.0
 """For one question to a server: it answers in a millisecond, or it is not ready."""
 MIN_SERVER_VERSION: Final = (2, 15)
 """Holdfast relies on atomic batches as they are from here on."""
 
-_REPLY_BYTES: Final = 1_048_576
 _CONNECT: Final = (
     b'CONNECT {"verbose":false,"pedantic":false,"tls_required":false,"lang":"python","version":"0",'
     b'"name":"holdfast-probe","protocol":1}\r\nPING\r\n'
 )
 _MOST_LINES: Final = 8
-# What a peer that is not up, or not a NATS server, makes of an exchange; msgspec's errors are ValueErrors.
-_NO_ANSWER: Final = (OSError, EOFError, ValueError, IndexError, TimeoutError, asyncio.LimitOverrunError)
 
 
 class ServerInfo(msgspec.Struct):
@@ -40,14 +38,15 @@ class _JetStreamConfig(msgspec.Struct):
     store_dir: str = ""
 
 
+class _Cluster(msgspec.Struct):
+    cluster_size: int = 1
+
+
 class _JetStreamReply(msgspec.Struct):
+    server_id: str = ""
+    meta_cluster: _Cluster | None = None
     config: _JetStreamConfig | None = None
     disabled: bool = False
-
-
-class _HealthReply(msgspec.Struct):
-    status: str = ""
-    error: str = ""
 
 
 async def check_protocol(nats_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> ServerInfo:
@@ -55,12 +54,12 @@ async def check_protocol(nats_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> S
 
     Raises UnavailableError when it does not answer, ConfigurationError when it is too old or has no JetStream.
     """
-    host, port = _address(nats_url, "nats")
+    host, port = address_of(nats_url, "nats")
     try:
         async with asyncio.timeout(timeout_s):
             info = await _ping(host, port)
-    except _NO_ANSWER as error:
-        raise _no_answer("nats server", nats_url, error) from error
+    except NO_ANSWER as error:
+        raise no_answer("nats server", nats_url, error) from error
     if _version(info.version) < MIN_SERVER_VERSION:
         raise ConfigurationError(
             f"nats-server {info.version} is older than {'.'.join(map(str, MIN_SERVER_VERSION))}",
@@ -78,29 +77,53 @@ async def check_protocol(nats_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> S
 
 async def check_health(monitor_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
     """Returns when the server says that it and its JetStream are well; raises UnavailableError otherwise."""
-    status, body = await _get(monitor_url, "/healthz", timeout_s)
-    if status == 200:
+    health = await get_health(monitor_url, timeout_s)
+    if health is None:
         return
-    try:
-        reason = msgspec.json.decode(body, type=_HealthReply).error
-    except msgspec.DecodeError:
-        reason = ""
-    raise UnavailableError(
-        f"nats server at {mask_url(monitor_url)} is not healthy: {reason or f'status {status}'}",
-        hint="read its log",
-    )
+    reason = "; ".join(item.error for item in health.errors) or health.error
+    raise UnavailableError(f"nats server at {mask_url(monitor_url)} is not healthy: {reason}", hint="read its log")
 
 
-async def verify_durability(monitor_url: str, mode: Durability, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+async def verify_durability_of_all(
+    monitor_urls: Sequence[str], mode: Durability, timeout_s: float = PROBE_TIMEOUT_S
+) -> int:
+    """As :func:`verify_durability`, of each node of a cluster; returns how many of its nodes were not asked.
+
+    A node that does not answer is one that was not asked, unless none does: a cluster works with one node down.
+    """
+    asked: set[str] = set()
+    size = 1
+    failure: UnavailableError | None = None
+    for url in monitor_urls:
+        try:
+            reply = await verify_durability(url, mode, timeout_s)
+        except UnavailableError as error:
+            failure = error
+            continue
+        asked.add(reply.server_id)
+        size = max(size, reply.nodes)
+    if not asked and failure is not None:
+        raise failure
+    return size - len(asked)
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """A server that syncs as it must, and of how many nodes its cluster is."""
+
+    server_id: str
+    nodes: int
+
+
+async def verify_durability(monitor_url: str, mode: Durability, timeout_s: float = PROBE_TIMEOUT_S) -> Verified:
     """Returns when the server syncs as ``mode`` promises; a server that does more than ``fast`` needs is well.
 
     Raises DurabilityError when it does not, UnavailableError when its monitoring address does not answer.
     """
-    status, body = await _get(monitor_url, "/jsz?config=true", timeout_s)
+    status, body = await get(monitor_url, "/jsz?config=true", timeout_s)
     try:
         reply = msgspec.json.decode(body, type=_JetStreamReply)
     except msgspec.DecodeError as error:
-        raise _no_answer("monitoring address", monitor_url, error) from error
+        raise no_answer("monitoring address", monitor_url, error) from error
     if status != 200 or reply.disabled or reply.config is None or not reply.config.store_dir:
         raise DurabilityError(
             f"nats server at {mask_url(monitor_url)} does not run JetStream, so it stores nothing",
@@ -115,6 +138,7 @@ async def verify_durability(monitor_url: str, mode: Durability, timeout_s: float
             hint="set sync_interval: always in its jetstream block and restart it, or accept the loss with "
             "--durability fast",
         )
+    return Verified(reply.server_id, 1 if reply.meta_cluster is None else reply.meta_cluster.cluster_size)
 
 
 async def _ping(host: str, port: int) -> ServerInfo:
@@ -138,58 +162,5 @@ async def _ping(host: str, port: int) -> ServerInfo:
         writer.close()
 
 
-async def _get(monitor_url: str, path: str, timeout_s: float) -> tuple[int, bytes]:
-    # Sixteen lines instead of a client library, for one GET: asyncio has none, and urllib would honour proxies.
-    host, port = _address(monitor_url, "monitoring")
-    secure = urlsplit(monitor_url).scheme == "https" or None
-    request = f"GET {path} HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n\r\n"
-    try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, port, ssl=secure, limit=_REPLY_BYTES)
-            try:
-                writer.write(request.encode())
-                await writer.drain()
-                head = await reader.readuntil(b"\r\n\r\n")
-                status = int(head.split(maxsplit=2)[1])
-                return status, await _read_all(reader)
-            finally:
-                writer.close()
-    except _NO_ANSWER as error:
-        raise _no_answer("monitoring address", monitor_url, error) from error
-
-
-async def _read_all(reader: asyncio.StreamReader) -> bytes:
-    parts: list[bytes] = []
-    left = _REPLY_BYTES
-    while part := await reader.read(left):
-        parts.append(part)
-        left -= len(part)
-        if left == 0:
-            raise ValueError(f"the answer is over {_REPLY_BYTES} bytes")
-    return b"".join(parts)
-
-
-def _address(url: str, what: str) -> tuple[str, int]:
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if not host or not port:
-        raise ConfigurationError(
-            f"{what} address {mask_url(url)!r} does not name a host and a port",
-            field="nats_url",
-            hint="write it like http://host:8222" if what == "monitoring" else "write it like nats://host:4222",
-        )
-    return host, port
-
-
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-
-
-def _no_answer(what: str, url: str, error: Exception) -> UnavailableError:
-    reason = "it took too long" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-    return UnavailableError(
-        f"{what} {mask_url(url)} does not answer: {reason}", hint="is it running, and is this its address?"
-    )

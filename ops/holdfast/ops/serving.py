@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from holdfast.ops.discovery import resolve_connection
 from holdfast.ops.server import EmbeddedServer
-from holdfast.ops.server_probe import verify_durability
+from holdfast.ops.server_probe import verify_durability_of_all
+from holdfast.ops.server_watch import watch_server
 from holdfast.ops.settings import LoadedSettings, describe_settings
 from holdfast.ops.system import (
     EMBEDDED_ROLE,
@@ -46,6 +48,8 @@ async def serve_up(loaded: LoadedSettings, *, accept_lost_streams: bool = False)
         if target is None:
             server = await stack.enter_async_context(EmbeddedServer.from_settings(loaded.settings))
             watchers.append(server.wait_failed)
+            # Left last: a server that stops storing while the workers drain is still brought back.
+            await stack.enter_async_context(watched(partial(watch_server, server)))
             target = embedded_target(server.info)
         else:
             await _check_durability(target, loaded)
@@ -89,8 +93,13 @@ async def _check_durability(target: ConnectionTarget, loaded: LoadedSettings) ->
             extra={"action": "server_not_durable", "nats_url": mask_url(target.url)},
         )
         return
-    if target.monitor_url is not None:
-        await verify_durability(target.monitor_url, loaded.settings.durability)
+    if target.monitor_urls:
+        left = await verify_durability_of_all(target.monitor_urls, loaded.settings.durability)
+        if left > 0 and loaded.settings.durability == "durable":
+            logger.warning(
+                "the durability of some nodes is not verified: set nats_monitor_url to the addresses of all",
+                extra={"action": "durability_unverified", "nats_url": mask_url(target.url), "nodes": left},
+            )
     elif loaded.settings.durability == "durable":
         logger.warning(
             "the server's durability is not verified: set nats_monitor_url to its monitoring address",

@@ -35,6 +35,14 @@ HANDLER_BYTES: Final = 1_073_741_824
 """Some million events: a handler that is away for a day or so of them finds them where it left off."""
 COMPACT_INTERVAL_S: Final = 300.0
 """Sixty archive cycles: few enough small files that a query over the newest does not feel them."""
+SCRUB_INTERVAL_S: Final = 86_400.0
+"""A day: rot is found while the streams, which keep a day, still hold the rows that it took."""
+SCRUB_BYTES_PER_S: Final = 33_554_432
+"""A quarter of a slow disk; a lake of a terabyte takes nine hours."""
+BACKUP_INTERVAL_S: Final = 21_600.0
+"""Six hours: what a lost disk costs at most where there is no second copy."""
+BACKUP_RETENTION_S: Final = 2_592_000.0
+"""Thirty days: a mistake that is noticed after the holidays can still be undone."""
 DRAIN_TIMEOUT_S: Final = 10.0
 """As long as container runtimes wait by default between SIGTERM and SIGKILL."""
 START_TIMEOUT_S: Final = 60.0
@@ -43,7 +51,7 @@ STOP_TIMEOUT_S: Final = 10.0
 
 _YEARS_10_S: Final = 315_360_000
 _URL_SETTINGS: Final = ("nats_url", "nats_monitor_url")
-_PATH_SETTINGS: Final = ("data", "nats_creds")
+_PATH_SETTINGS: Final = ("data", "nats_creds", "backup_directory", "copy_directory")
 _ALTERNATIVES: Final = {"nats_url": "nats_context", "nats_context": "nats_url"}
 
 Seconds = Annotated[float, Meta(ge=0, le=_YEARS_10_S, examples=[30])]
@@ -66,8 +74,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ] = None
     nats_monitor_url: Annotated[
         str | None,
-        Meta(description="monitoring address of nats_url, to verify its durability", examples=["http://host:8222"]),
+        Meta(
+            description="monitoring address of nats_url, of a cluster one for each node, to verify their durability",
+            examples=["http://host:8222"],
+        ),
     ] = None
+    replicas: Annotated[
+        int, Meta(ge=1, le=5, description="copies of each stream, each on another node of a cluster", examples=[3])
+    ] = 1
     durability: Annotated[Durability, Meta(description="sync to disk before each acknowledgement?")] = "durable"
     port: Annotated[Port, Meta(description="port of the embedded server; 0 takes a free one")] = 0
     monitor_port: Annotated[Port, Meta(description="its monitoring port; 0 takes a free one", examples=[8222])] = 0
@@ -94,6 +108,24 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     compact_interval_s: Annotated[Period, Meta(description="time between two compactions", examples=[300])] = (
         COMPACT_INTERVAL_S
     )
+    scrub_interval_s: Annotated[
+        Period, Meta(description="how often every file of the lake is read again and compared", examples=[86_400])
+    ] = SCRUB_INTERVAL_S
+    scrub_bytes_per_s: Annotated[
+        int, Meta(ge=65_536, description="how much of the lake the scrub reads in a second", examples=[33_554_432])
+    ] = SCRUB_BYTES_PER_S
+    backup_directory: Annotated[
+        str | None, Meta(description="where the janitor makes backups", examples=["/mnt/other-disk/backups"])
+    ] = None
+    backup_interval_s: Annotated[Period, Meta(description="time between two backups", examples=[21_600])] = (
+        BACKUP_INTERVAL_S
+    )
+    backup_retention_s: Annotated[
+        Period, Meta(description="how long backups are kept; the newest always", examples=[2_592_000])
+    ] = BACKUP_RETENTION_S
+    copy_directory: Annotated[
+        str | None, Meta(description="a second copy of the lake, on another disk", examples=["/mnt/other-disk/copy"])
+    ] = None
     drain_timeout_s: Annotated[Seconds, Meta(description="longest drain of a worker at its stop")] = DRAIN_TIMEOUT_S
     log_level: Annotated[LogLevel, Meta(description="least severe log lines shown")] = "info"
     log_format: Annotated[Literal["text", "json"], Meta(description="form of log lines")] = "text"
@@ -205,7 +237,9 @@ def _check_text(name: str, text: str, source: SettingsSource) -> str:
         raise _bad_value(name, text, source, "expected text, not empty and without NUL")
     if name == "nats_url":
         split_servers(text, source.place(name))
-    elif name == "nats_monitor_url" and not text.startswith(("http://", "https://")):
+    elif name == "nats_monitor_url" and not all(
+        part.strip().startswith(("http://", "https://")) for part in text.split(",")
+    ):
         raise _bad_value(name, text, source, "expected an address that starts with http:// or https://")
     elif name == "namespace":
         try:
@@ -239,7 +273,7 @@ def _shown(name: str, value: object) -> str:
 def _bad_value(name: str, value: object, source: SettingsSource, reason: str) -> ConfigurationError:
     shown = repr(mask_url(value) if isinstance(value, str) else value)[:80]
     return ConfigurationError(
-        f"setting {name!r} from {source.place(name)} has the bad value {shown}: {reason}",
+        f"setting {name!r} from {source.place(name)} has the bad value {shown}: {reason[:300]}",
         field=name,
         hint=source.example(name, _meta(name).example),
     )
@@ -248,4 +282,6 @@ def _bad_value(name: str, value: object, source: SettingsSource, reason: str) ->
 def _unknown(name: str, source: SettingsSource) -> ConfigurationError:
     closest = next(iter(difflib.get_close_matches(name, _FIELDS, n=1)), None)
     hint = source.example(closest, _meta(closest).example) if closest else "list the settings with: holdfast config"
-    return ConfigurationError(f"unknown setting {name!r} from {source.place(name)}", field=name, hint=hint)
+    return ConfigurationError(
+        f"unknown setting {name[:80]!r} from {source.place(name[:80])}", field=name[:80], hint=hint
+    )

@@ -76,9 +76,12 @@ class FileSource:
                 field="config",
                 hint="give an existing file with --config",
             ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
+            # Beside what is no TOML: text that is not UTF-8, a number of over 4,300 digits, brackets without end.
             raise ConfigurationError(
-                f"settings file {self.path} is not TOML: {error}", field="config", hint="write lines like port = 4222"
+                f"settings file {self.path} is not TOML: {str(error)[:300]}",
+                field="config",
+                hint="write lines like port = 4222",
             ) from error
 
     def place(self, name: str) -> str:

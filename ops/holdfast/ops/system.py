@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
@@ -76,8 +77,19 @@ def worker_settings(settings: Settings, role: str, *, accept_lost_streams: bool 
         archive_rows=settings.archive_rows,
         handler_bytes=settings.handler_bytes,
         compact_interval_s=settings.compact_interval_s,
+        copy_directory=_path(settings.copy_directory),
+        scrub_interval_s=settings.scrub_interval_s,
+        scrub_bytes_per_s=settings.scrub_bytes_per_s,
+        backup_directory=_path(settings.backup_directory),
+        backup_interval_s=settings.backup_interval_s,
+        backup_retention_s=settings.backup_retention_s,
+        replicas=settings.replicas,
         accept_lost_streams=accept_lost_streams,
     )
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def embedded_target(info: LocalServer) -> ConnectionTarget:
@@ -130,10 +142,12 @@ async def open_own_system(settings: Settings, workers: Sequence[WorkerName] | No
     """Yields a system of this process on the data directory of the settings, whatever else is named or runs."""
     # Loaded only here: a command against a running system should not pay for pyarrow and deltalake.
     from holdfast.ops.server import EmbeddedServer
+    from holdfast.ops.server_watch import watch_server
 
     data = settings.data_path
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(EmbeddedServer.from_settings(settings, announce=False))
+        await stack.enter_async_context(watched(partial(watch_server, server)))
         target = embedded_target(server.info)
         watchers: list[Watcher] = [server.wait_failed]
         if workers is not None:

@@ -30,22 +30,27 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     violations: list[Problem]
 
 
-async def verify(lake: Path | None, connection: Connection | None, *, nothing_archived: bool = False) -> VerifyReport:
+async def verify(
+    lake: Path | None, connection: Connection | None, *, nothing_archived: bool = False, deep: bool = False
+) -> VerifyReport:
     """Checks a lake, the streams of a server, or the two against each other; None leaves that side out.
 
-    ``nothing_archived``: there is no lake because nothing has been archived, not because it is elsewhere.
+    ``nothing_archived``: there is no lake because nothing has been archived, not because it is elsewhere.  ``deep``
+    also compares the SHA-256 of every file of the lake.
 
     Raises DataDirectoryError when ``lake`` holds none, UnavailableError when the server stops answering.
     """
     checked: Counter[str] = Counter()
     violations: list[Problem] = []
     if lake is not None:
-        report = await asyncio.to_thread(verify_lake, lake)
+        report = await asyncio.to_thread(verify_lake, lake, deep=deep)
         checked.update({f"lake_{name}": count for name, count in report.checked.items()})
         violations.extend(report.violations)
     if connection is not None:
         findings = Findings()
-        has_archive = lake is not None or nothing_archived
+        # A lake that cannot be opened was told already, and there is nothing to hold the streams against.
+        is_open = all(problem.object != str(lake) for problem in violations)
+        has_archive = (lake is not None and is_open) or nothing_archived
         archive = await asyncio.to_thread(Archive, lake) if has_archive else None
         try:
             await StreamCheck(connection, archive, checked, findings).run()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from holdfast.ops.verify_archive import Archive, Findings, NamedRef
-from holdfast.schemas.errors import GapError, HoldfastError, IntegrityError
+from holdfast.schemas.errors import DamagedError, GapError, HoldfastError, IntegrityError
 from holdfast.schemas.refs import Digest, Ref, parse_ref
 from holdfast.schemas.rows import Anchor, EventRow, KeyVersionRow, Row, Table
 from holdfast.streams.connection import Connection
@@ -31,6 +31,7 @@ from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import StreamInfo, stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
 from holdfast.workers.archive_plan import identity_of
+from holdfast.workers.stream_marks import StreamMarks, lost_since
 
 _PAGE: Final = 2_000
 
@@ -79,6 +80,10 @@ class StreamCheck:
             return info
         self._checked["watermarks"] += 1
         after = await asyncio.to_thread(self._archive.lake.watermark, table)
+        mark = await asyncio.to_thread(StreamMarks(self._archive.path).get, stream)
+        lost = await lost_since(self._connection, info, mark, after, may_be_trimmed=table == "key_versions")
+        if lost is not None:
+            self._add("I1", "tail", lost, stream)
         if before is not None and before.epoch != info.epoch:
             self._add(
                 "I3", "watermark", f"the watermark is of epoch {before.epoch}, the stream of {info.epoch}", stream
@@ -158,8 +163,11 @@ class StreamCheck:
 
     async def _check_archived_refs(self, archive: Archive) -> None:
         pages = archive.event_refs()
-        while (page := await asyncio.to_thread(next, pages, None)) is not None:
-            await self._check_refs(page, "lake/events")
+        try:
+            while (page := await asyncio.to_thread(next, pages, None)) is not None:
+                await self._check_refs(page, "lake/events")
+        except DamagedError:
+            return  # the check of the lake has told which rows; what is damaged names nothing
 
     async def _check_refs(self, refs: Sequence[NamedRef], where: str) -> None:
         """I1: each reference leads to a context: in the lake, in the hot tier, or by now in the lake."""

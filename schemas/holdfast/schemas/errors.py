@@ -6,6 +6,7 @@
     ├── RetryError            the same call may succeed later
     │   ├── UnavailableError      a needed part does not answer (server, resolver, lake)
     │   └── UnknownOutcomeError   no acknowledgement: stored or not is unknown; the same id is safe to send again
+    │       └── StorageFailedError    ... because the server cannot write to its disk: full, or failing
     ├── InputError            mend the input; sending it again as it is cannot help
     │   ├── InvalidFieldError     a field has a wrong type, value or form
     │   │   ├── InvalidNameError      a namespace, agent, event name or kind
@@ -23,6 +24,7 @@
     │   └── EncryptionKeyError    the key that a body is encrypted with, or is to be, is not at hand
     └── IntegrityError        stored data is damaged or contradicts itself; nothing wrong was served
         ├── DigestMismatchError   bytes do not hash to the reference that names them
+        ├── DamagedError          a file of the lake is damaged; rows of it cannot be read, everything else can
         ├── GapError              messages are missing from a stream that nothing of ours removed
         ├── ConflictError         one id, two contents
         └── FenceError            another process has advanced the lake; this one must start its cycle anew
@@ -33,7 +35,10 @@ it is about where there are such, and a ``hint``: what to do next.  Messages are
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+MESSAGE_CHARS: Final = 2_000
+"""Longest message of an error; what is over is cut off."""
 
 
 class HoldfastError(Exception):
@@ -56,6 +61,9 @@ class HoldfastError(Exception):
         field: str | None = None,
         limit: int | str | None = None,
     ) -> None:
+        # What is wrong with an input may be repeated in it at any length; an error must fit replies, headers and logs.
+        if len(message) > MESSAGE_CHARS:
+            message = f"{message[:MESSAGE_CHARS]}…"
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -88,6 +96,30 @@ class UnknownOutcomeError(RetryError):
 
     code = "unknown_outcome"
     status = 504
+
+
+class StorageFailedError(UnknownOutcomeError):
+    """The server cannot write to its disk, and so acknowledges nothing: the write may or may not have been stored.
+
+    ``cause`` is the operating system's word, as ``no space left on device``.  Nothing that was acknowledged before is
+    in danger.  Sending the same content with the same id again is safe, and succeeds once the server stores again.
+    """
+
+    code = "storage_failed"
+    status = 507
+    details: ClassVar[tuple[str, ...]] = ("cause",)
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: str = "",
+        hint: str | None = None,
+        field: str | None = None,
+        limit: int | str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, field=field, limit=limit)
+        self.cause = cause
 
 
 class InputError(HoldfastError):
@@ -273,6 +305,35 @@ class DigestMismatchError(IntegrityError):
     """Bytes read from a tier do not hash to the reference that names them."""
 
     code = "digest_mismatch"
+
+
+class DamagedError(IntegrityError):
+    """A file of the lake is damaged, and what was asked for is, or may be, among its rows; nothing of it was served.
+
+    ``file`` names it, ``rows`` says how many rows cannot be read, ``first_seq`` and ``last_seq`` between which
+    sequences they are.  Everything else is served.
+    """
+
+    code = "damaged"
+    details: ClassVar[tuple[str, ...]] = ("file", "rows", "first_seq", "last_seq")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str = "",
+        rows: int = 0,
+        first_seq: int = 0,
+        last_seq: int = 0,
+        hint: str | None = None,
+        field: str | None = None,
+        limit: int | str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, field=field, limit=limit)
+        self.file = file
+        self.rows = rows
+        self.first_seq = first_seq
+        self.last_seq = last_seq
 
 
 class GapError(IntegrityError):

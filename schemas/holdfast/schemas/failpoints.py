@@ -2,8 +2,9 @@
 
 A call of :func:`failpoint` costs one dictionary look-up while nothing is armed.  Points are armed by
 :func:`arm`, or for a whole process by ``HOLDFAST_FAILPOINTS``, a comma-separated list of ``name=action[:hit]``:
-``kill`` sends SIGKILL to the process itself, ``raise`` raises :class:`FailpointError`; ``hit`` is the ordinal of the
-call at which it happens, from 1 (default 1).  Example: ``HOLDFAST_FAILPOINTS=lake.after_rename=kill:2``.
+``kill`` sends SIGKILL to the process itself, ``raise`` raises :class:`FailpointError`, ``pause`` sends SIGSTOP: the
+process stands still, all of its threads, until somebody sends it SIGCONT.  ``hit`` is the ordinal of the call at which
+it happens, from 1 (default 1).  Example: ``HOLDFAST_FAILPOINTS=lake.after_rename=kill:2``.
 """
 
 from __future__ import annotations
@@ -65,13 +66,17 @@ def _kill(_name: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _pause(_name: str) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def _read_environment() -> None:
     global _environment_read  # noqa: PLW0603  read once, at the first failpoint, not at import
     _environment_read = True
-    actions = {"kill": _kill, "raise": _raise}
+    actions = {"kill": _kill, "raise": _raise, "pause": _pause}
     for entry in filter(None, os.environ.get(ENVIRONMENT, "").split(",")):
         name, _, what = entry.strip().partition("=")
         action, _, hit = what.partition(":")
         if action not in actions:
-            raise ValueError(f"{ENVIRONMENT}: {entry!r} is not name=kill[:hit] or name=raise[:hit]")
+            raise ValueError(f"{ENVIRONMENT}: {entry!r} is not name=<{'|'.join(actions)}>[:hit]")
         arm(name, actions[action], hit=int(hit or 1))

@@ -36,7 +36,7 @@ def encode_token(name: str) -> str:
         raw = name.encode()
     except UnicodeEncodeError as error:
         raise InvalidNameError(
-            f"name {name!r} holds a lone surrogate", field="name", hint="send well-formed Unicode"
+            f"name {name[:80]!r} holds a lone surrogate", field="name", hint="send well-formed Unicode"
         ) from error
     return MARKER + "".join(chr(byte) if byte in _PLAIN_BYTES else f"_{byte:02x}" for byte in raw)
 

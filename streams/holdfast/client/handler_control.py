@@ -48,7 +48,7 @@ def decode_instruction(data: bytes | None) -> Instruction | None:
     """Returns what an event tells its handler; None when that is nothing: any client may have sent it."""
     try:
         instruction: Instruction = _INSTRUCTION.decode(data or b"null")
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return instruction
 

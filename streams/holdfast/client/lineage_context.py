@@ -138,8 +138,8 @@ def to_headers(lineage: Mapping[str, Any]) -> dict[str, str]:
         text = msgspec.json.encode(normal).decode()
     except (TypeError, ValueError) as error:
         raise InvalidFieldError(f"an attribute of the lineage is not JSON: {error}", field=ATTRIBUTES) from error
-    # Header values are ASCII: JSON can spell every other character so.
-    ascii_text = "".join(character if character.isascii() else _escaped(character) for character in text)
+    # Header values are printable ASCII: JSON can spell every other character so.
+    ascii_text = "".join(character if " " <= character <= "~" else _escaped(character) for character in text)
     if len(ascii_text) > HEADER_BYTES:
         raise TooLargeError(
             f"the lineage has {len(ascii_text)} bytes, a header holds {HEADER_BYTES}",

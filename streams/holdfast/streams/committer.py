@@ -30,7 +30,8 @@ from holdfast.streams.publish import (
     publish,
     publish_batch,
 )
-from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
+from holdfast.streams.retry import WRITE_DEADLINE_S
+from holdfast.streams.storing import store_with_retry, stream_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,9 @@ class Committer:
     With a ``verifier``, messages are create-once by subject: equal subjects share one write, and a taken subject is
     looked at before its outcome is told.  Without one, messages are told apart by their ``Nats-Msg-Id``.
 
-    A write that is not acknowledged in ``deadline_s`` ends with the last RetryError; its outcome is unknown, and
-    sending it again is safe.  Cancelling a caller does not recall what was handed in.
+    A write that is not acknowledged in ``deadline_s`` ends with the last RetryError, or with StorageFailedError as soon
+    as the server is known to store nothing; its outcome is unknown, and sending it again is safe.  Cancelling a caller
+    does not recall what was handed in.
     """
 
     def __init__(
@@ -170,7 +172,12 @@ class Committer:
 
     async def _commit(self, batch: list[_Write]) -> None:
         try:
-            await call_with_retry(lambda: self._attempt(batch), deadline_s=self._deadline_s)
+            await store_with_retry(
+                self._connection,
+                stream_of(batch[0].message.subject),
+                lambda: self._attempt(batch),
+                deadline_s=self._deadline_s,
+            )
         except HoldfastError as error:
             self._fail(batch, error)
         except Exception as error:

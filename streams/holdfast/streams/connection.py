@@ -29,6 +29,10 @@ CONNECT_S: Final = 1.0
 which may start before their server, ask for longer."""
 
 _PING_S: Final = 10
+_PING_OF_CLUSTER_S: Final = 2
+"""Where there are other servers to go to, a link that went dead without a word is noticed at the third missing answer,
+in 6 s instead of 30: well within the time that a write is tried."""
+
 _RETRY_S: Final = 0.1
 _PENDING_BYTES: Final = 8 * 1024 * 1024
 """Most bytes held for a server that is away: several batches, so that bursts do not flush one by one."""
@@ -42,6 +46,11 @@ class ApiFailure(msgspec.Struct, frozen=True):
     description: str = ""
 
 
+_NOT_NOW: Final = frozenset({10004, 10008, 10009, 10075, 10118, 10119, 10163, 10167})
+"""Refusals of a cluster that is choosing a leader, or is overrun (errors.json of nats-server): the same call may
+succeed a moment later."""
+
+
 class ApiError(HoldfastError):
     """JetStream refused a call; ``err_code`` tells why (its numbers are stable, its words are not)."""
 
@@ -51,6 +60,7 @@ class ApiError(HoldfastError):
         super().__init__(f"JetStream refused {subject}: {failure.description} ({failure.code}/{failure.err_code})")
         self.http_code = failure.code
         self.err_code = failure.err_code
+        self.description = failure.description
 
 
 class _Answer(msgspec.Struct):
@@ -69,22 +79,41 @@ class Connection:
         self.lean = lean
         self.target = target
         self.reconnects = 0
+        self.refusing: set[str] = set()
+        """Streams that were found to store nothing; :mod:`holdfast.streams.storing` asks them again."""
+        self.unknown_writes = 0
+        """Attempts to store something that no acknowledgement came of; each was tried again, or told to the caller."""
         self.on_reconnect: list[Callable[[], None]] = []
 
     async def api(self, subject: str, request: object = None, *, timeout_s: float = ATTEMPT_S) -> dict[str, Any]:
-        """Calls the JetStream API ``$JS.API.<subject>``; returns its answer, raises ApiError when it refuses."""
+        """Calls the JetStream API ``$JS.API.<subject>``; returns its answer, raises ApiError when it refuses.
+
+        Raises UnavailableError when nobody can answer now, as while a cluster chooses a leader.
+        """
         payload = b"" if request is None else msgspec.json.encode(request)
         try:
             message = await self.lean.request(f"$JS.API.{subject}", payload, timeout_s=timeout_s)
         except NoResponderError as error:
-            raise UnavailableError(
+            raise NoResponderError(
                 "the NATS server does not answer JetStream calls",
                 hint="start it with JetStream (nats-server -js), or grant this user $JS.API",
             ) from error
-        failure = _ANSWER.decode(message.data).error
+        try:
+            failure = _ANSWER.decode(message.data).error
+            answer: dict[str, Any] = _OBJECT.decode(message.data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UnavailableError(
+                f"what came in answer to {subject} is none of JetStream's",
+                hint="see who may publish to _INBOX.> on this server; the same call may be sent again",
+            ) from error
         if failure is not None:
+            if failure.err_code in _NOT_NOW:
+                raise UnavailableError(
+                    f"the cluster cannot answer {subject} now: {failure.description} ({failure.err_code})",
+                    hint="it is tried again; if it lasts, see which servers of the cluster are up",
+                )
             raise ApiError(failure, subject)
-        return _OBJECT.decode(message.data)
+        return answer
 
 
 @asynccontextmanager
@@ -102,6 +131,7 @@ async def open_connection(
     if isinstance(target, str):
         target = ConnectionTarget(url=target, origin="the address given")
     options = target.connect_options()
+    ping_s = _PING_S if len(options.get("servers", ())) == 1 else _PING_OF_CLUSTER_S
     connection: Connection | None = None
     is_closing = False
 
@@ -142,13 +172,18 @@ async def open_connection(
                     allow_reconnect=False,
                     max_reconnect_attempts=1,
                     reconnect_time_wait=_RETRY_S,  # type: ignore[arg-type]  # seconds for asyncio.sleep
-                    ping_interval=_PING_S,
+                    ping_interval=ping_s,
                     max_outstanding_pings=2,
                     pending_size=_PENDING_BYTES,
                     **options,
                 ),
                 ATTEMPT_S,
             )
+            client.options["allow_reconnect"] = True
+            client.options["max_reconnect_attempts"] = -1
+            if client.is_closed:
+                # The server went away in between, and nats-py had not yet been told to connect anew.
+                raise nats.errors.ConnectionClosedError
             break
         except (TimeoutError, OSError, nats.errors.Error) as error:
             await client.close()
@@ -163,8 +198,6 @@ async def open_connection(
                     hint="start one with 'holdfast up', or check the URL",
                 ) from error
             await asyncio.sleep(_RETRY_S)
-    client.options["allow_reconnect"] = True
-    client.options["max_reconnect_attempts"] = -1
     try:
         async with Lean(client) as lean:
             connection = Connection(client, lean, target)

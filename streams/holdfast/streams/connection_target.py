@@ -57,12 +57,18 @@ class ConnectionTarget(msgspec.Struct, frozen=True, kw_only=True):
     tls_first: bool = False
     inbox_prefix: str | None = None
     monitor_url: str | None = None
-    """The server's monitoring address, when it is known: that of a local server is."""
+    """The server's monitoring address, when it is known: that of a local server is.  Of a cluster those of its nodes,
+    divided by commas."""
     durability: Durability | None = None
     """What a local server was started with; None when it is for the caller to find out."""
 
     def __repr__(self) -> str:
         return f"ConnectionTarget(url={mask_url(self.url)!r}, origin={self.origin!r}, creds={self.creds!r})"
+
+    @property
+    def monitor_urls(self) -> tuple[str, ...]:
+        """Every monitoring address that is known."""
+        return tuple(part.strip() for part in (self.monitor_url or "").split(",") if part.strip())
 
     def connect_options(self) -> ConnectOptions:
         """Returns the arguments for ``nats.connect``.

@@ -83,7 +83,7 @@ class DurableConsumer:
         self._name = name
         self._options = ConsumerOptions() if options is None else options
         self._ack_wait_s = ACK_WAIT_S if self._options.ack_wait_s is None else self._options.ack_wait_s
-        self._epoch = ""
+        self._life: str | Callable[[int], str] = ""
         # Bounded by what a pull asks for.  None: the connection was lost and is back.
         self._queue: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._inbox = ""
@@ -104,7 +104,7 @@ class DurableConsumer:
         times and its metadata follow the declaration.
         """
         declared = self._declared()
-        self._epoch = (await stream_info(self._connection, self._stream)).epoch
+        self._life = (await stream_info(self._connection, self._stream)).life
         found = await self._found()
         if found is not None:
             declared |= {name: found[name] for name in ("deliver_policy", "opt_start_seq") if name in found}
@@ -296,9 +296,7 @@ class DurableConsumer:
         )
 
     def _delivery(self, message: Msg) -> Delivery:
-        stored, attempt = message_of_delivery(
-            message.subject, message.headers, message.data, message.reply, self._epoch
-        )
+        stored, attempt = message_of_delivery(message.subject, message.headers, message.data, message.reply, self._life)
         return Delivery(stored, message.reply, attempt)
 
 

@@ -11,7 +11,7 @@ import msgspec
 from holdfast.schemas.errors import UnavailableError
 from holdfast.streams.publish import SUBJECT_FULL, WRONG_LAST_SEQUENCE, Outgoing, Refused, publish
 from holdfast.streams.pull import StreamReader
-from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
+from holdfast.streams.storing import store_with_retry
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import (
     DEAD_STREAM,
@@ -100,7 +100,7 @@ async def bury(
 
 async def _create(connection: Connection, letter: Outgoing) -> bool:
     try:
-        await call_with_retry(lambda: publish(connection, letter), deadline_s=WRITE_DEADLINE_S)
+        await store_with_retry(connection, DEAD_STREAM, lambda: publish(connection, letter))
     except Refused as refusal:
         if refusal.err_code in (WRONG_LAST_SEQUENCE, SUBJECT_FULL):
             return False

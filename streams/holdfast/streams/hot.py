@@ -15,16 +15,19 @@ from holdfast.schemas.refs import JSON, Digest, Ref, format_ref
 from holdfast.streams.arrivals import next_of
 from holdfast.streams.codec import StoredForm, decode_manifest, inflate, join, require_chunks, seal, unseal
 from holdfast.streams.committer import Committer, Settled
-from holdfast.streams.connection import ApiError, Connection, Msg
+from holdfast.streams.connection import Connection, Msg
+from holdfast.streams.leader import last_at_leader
 from holdfast.streams.messages import parse_time_ms
 from holdfast.streams.publish import Outgoing
 from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, call_with_retry
+from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import (
     H_EXPECT_SUBJECT_SEQ,
     H_SEQUENCE,
     H_STATUS,
     H_SUBJECT,
     H_TIME,
+    H_UP_TO,
     HOT_STREAM,
     hot_subject,
     parse_hot_subject,
@@ -38,9 +41,6 @@ _IN_THREAD_BYTES: Final = 64 * limits.KIB
 
 _MULTI_GET: Final = 1000
 """Subjects in one batched direct get; the server answers 1,024 at most."""
-
-_NO_MESSAGE: Final = 10037
-
 
 ColdChunks = Callable[[str, Sequence[Digest]], Awaitable["dict[Digest, ContextRow]"]]
 """Given a namespace and digests, returns the chunks that the lake holds of them."""
@@ -67,8 +67,9 @@ class HotTier:
     """Reads and writes of the hot tier on one connection.
 
     ``replicas``: with more than one, a miss is confirmed at the stream's leader, since a direct get may be answered by
-    a server that has not caught up.  ``cold`` reads parts that have left the hot tier: needed to tell whether an equal
-    body is stored already in other parts than it would be now; without it such a put is refused as unavailable.
+    a server that has not caught up; without a leader nothing is said to be missing.  ``cold`` reads parts that have
+    left the hot tier: needed to tell whether an equal body is stored already in other parts than it would be now;
+    without it such a put is refused as unavailable.
     """
 
     def __init__(self, connection: Connection, *, replicas: int = 1, cold: ColdChunks | None = None) -> None:
@@ -144,7 +145,7 @@ class HotTier:
         damaged: dict[Digest, HoldfastError] = {}
         for start in range(0, len(wanted), _MULTI_GET):
             subjects = [hot_subject(namespace, digest) for digest in wanted[start : start + _MULTI_GET]]
-            messages = await call_with_retry(partial(self._multi_last, subjects), deadline_s=READ_DEADLINE_S)
+            messages = await call_with_retry(partial(self._confirmed, subjects), deadline_s=READ_DEADLINE_S)
             for digest, outcome in await _rows(namespace, messages):
                 if isinstance(outcome, HoldfastError):
                     damaged[digest] = outcome
@@ -171,8 +172,8 @@ class HotTier:
         message = await self._connection.lean.request(f"$JS.API.DIRECT.GET.{HOT_STREAM}.{subject}")
         status = _status(message)
         if status == "404":
-            if self._replicas > 1 and await self._at_leader(subject):
-                raise UnavailableError("a replica has not caught up yet")
+            if self._replicas > 1 and await last_at_leader(self._connection, HOT_STREAM, [subject]):
+                raise UnavailableError("a server that holds the hot tier has not caught up yet")
             return None
         if status is not None:
             raise UnavailableError(f"the hot tier answered {status!r}")
@@ -180,16 +181,24 @@ class HotTier:
             return await asyncio.to_thread(_row, namespace, digest, message)
         return _row(namespace, digest, message)
 
-    async def _at_leader(self, subject: str) -> bool:
-        try:
-            await self._connection.api(f"STREAM.MSG.GET.{HOT_STREAM}", {"last_by_subj": subject})
-        except ApiError as error:
-            if error.err_code == _NO_MESSAGE:
-                return False
-            raise
-        return True
+    async def _confirmed(self, subjects: list[str]) -> list[Msg]:
+        """As :meth:`_multi_last`, but what is left out is in no other copy of the stream either.
 
-    async def _multi_last(self, subjects: list[str]) -> list[Msg]:
+        One answer of the leader, on the way at the same time, vouches for all: an answer that knows of as late a
+        sequence as the leader does lacks nothing.  Otherwise the leader is asked for each that is missing.
+        """
+        if self._replicas == 1:
+            return (await self._multi_last(subjects))[0]
+        info, (messages, up_to) = await asyncio.gather(
+            stream_info(self._connection, HOT_STREAM), self._multi_last(subjects)
+        )
+        missing = {*subjects} - {_header(message, H_SUBJECT) for message in messages}
+        if missing and up_to < info.last_seq and await last_at_leader(self._connection, HOT_STREAM, sorted(missing)):
+            raise UnavailableError("a server that holds the hot tier has not caught up yet")
+        return messages
+
+    async def _multi_last(self, subjects: list[str]) -> tuple[list[Msg], int]:
+        """The newest message of each subject that has one, and the sequence up to which the answer is complete."""
         request = msgspec.json.encode({"multi_last": subjects})
         messages: list[Msg] = []
         async with self._connection.lean.stream(f"$JS.API.DIRECT.GET.{HOT_STREAM}", request) as queue:
@@ -202,7 +211,7 @@ class HotTier:
                 if status is None:
                     messages.append(message)
                 elif status in ("204", "404"):
-                    return messages
+                    return messages, int(_header(message, H_UP_TO) or 0)
                 else:
                     raise UnavailableError(f"the hot tier answered a batched get with {status!r}")
 
@@ -212,7 +221,8 @@ class HotTier:
         intended = {message.subject: message for message in messages}
         for start in range(0, len(messages), _MULTI_GET):
             subjects = [message.subject for message in messages[start : start + _MULTI_GET]]
-            for message in await self._multi_last(subjects):
+            # What a server that has not caught up leaves out is written again, and found the next time.
+            for message in (await self._multi_last(subjects))[0]:
                 subject = _header(message, H_SUBJECT)
                 namespace, digest = parse_hot_subject(subject)
                 try:

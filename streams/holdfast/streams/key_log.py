@@ -7,8 +7,7 @@ bucket holds of a chain is always its end, and the lake holds the rest.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,10 +20,12 @@ from holdfast.streams.arrivals import next_of
 from holdfast.streams.committer import Committer
 from holdfast.streams.connection import ApiError, Connection, Msg
 from holdfast.streams.decode import decode_key_head, encode_key_version
+from holdfast.streams.leader import last_at_leader, message_at_leader, require_end
 from holdfast.streams.messages import StoredMessage, parse_time_ms
 from holdfast.streams.publish import WRONG_LAST_SEQUENCE, Outgoing, Refused, publish_batch
-from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, WRITE_DEADLINE_S, call_with_retry
-from holdfast.streams.topology import StreamInfo, stream_info
+from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, call_with_retry
+from holdfast.streams.storing import store_with_retry
+from holdfast.streams.topology import StreamInfo, require_majority, stream_info
 from holdfast.streams.wire import (
     H_EXPECT_SUBJECT_SEQ,
     H_SEQUENCE,
@@ -44,7 +45,6 @@ _DIRECT: Final = f"$JS.API.DIRECT.GET.{KEYS_STREAM}"
 _MULTI_GET: Final = 1_000
 """Subjects in one batched direct get; the server answers 1,024 at most."""
 
-_NO_MESSAGE: Final = 10037
 _PAGE: Final = 500
 """Revisions read at once: some 150 KB."""
 
@@ -86,7 +86,7 @@ class KeyLog:
     """Reads and writes of the bucket on one connection.
 
     ``replicas``: with more than one, heads are read from the stream's leader, since a direct get may be answered by a
-    server that has not caught up.
+    server that has not caught up; and the leader confirms the end of a chain that was read otherwise.
     """
 
     def __init__(self, connection: Connection, *, replicas: int = 1) -> None:
@@ -101,18 +101,21 @@ class KeyLog:
     async def head(self, namespace: str, key: str) -> Head:
         """Returns the end of a key's chain, as of now: every version acknowledged before the call is seen."""
         subject = key_subject(namespace, key)
-        read = partial(self._last, subject) if self._replicas == 1 else partial(self._last_at_leader, subject)
-        message = await call_with_retry(read, deadline_s=READ_DEADLINE_S)
+        if self._replicas > 1:
+            return (await self.heads(namespace, [key])).get(key, Head())
+        message = await call_with_retry(partial(self._last, subject), deadline_s=READ_DEADLINE_S)
         return Head() if message is None else await self._head_of(subject, message)
 
     async def heads(self, namespace: str, keys: Iterable[str]) -> dict[str, Head]:
         """Returns the ends of many chains, by key; keys without one are left out."""
         wanted = {key_subject(namespace, key): key for key in keys}
-        if self._replicas > 1:
-            found = await asyncio.gather(*(self.head(namespace, key) for key in wanted.values()))
-            return {key: head for key, head in zip(wanted.values(), found, strict=True) if head.last_seq}
         heads: dict[str, Head] = {}
         subjects = list(wanted)
+        if self._replicas > 1:
+            found = await call_with_retry(
+                partial(last_at_leader, self._connection, KEYS_STREAM, subjects), deadline_s=READ_DEADLINE_S
+            )
+            return {wanted[subject]: await self._head_of(subject, message) for subject, message in found.items()}
         for start in range(0, len(subjects), _MULTI_GET):
             request = {"multi_last": subjects[start : start + _MULTI_GET]}
             for message in await self._batch(request):
@@ -125,9 +128,7 @@ class KeyLog:
         offset = 0
         while True:
             request = {"subjects_filter": key_filter(namespace, prefix), "offset": offset}
-            answer = await call_with_retry(
-                partial(self._connection.api, f"STREAM.INFO.{KEYS_STREAM}", request), deadline_s=READ_DEADLINE_S
-            )
+            answer = await call_with_retry(partial(self._subjects, request), deadline_s=READ_DEADLINE_S)
             subjects: dict[str, int] = answer["state"].get("subjects") or {}
             for subject in subjects:
                 key = _key_in(subject)
@@ -142,7 +143,7 @@ class KeyLog:
         subject = key_subject(namespace, key)
         seq = from_seq
         while True:
-            messages = await self._batch({"next_by_subj": subject, "batch": page, "seq": max(1, seq)})
+            messages = await self._run_of(subject, page, seq)
             for message in messages:
                 head = _decoded(message)
                 if head is not None:
@@ -191,7 +192,7 @@ class KeyLog:
         subject = key_subject(namespace, key)
         # Up to, not including: versions of the whole millisecond count.
         request = {"multi_last": [subject], "up_to_time": iso_from_ms(min(at_ms + 1, _LATEST_MS))}
-        messages = await self._batch(request)
+        messages = await self._batch(request, is_complete=partial(self._was_last, subject, at_ms))
         if not messages:
             return Head()
         head = _decoded(messages[0])
@@ -228,8 +229,8 @@ class KeyLog:
             return [await self.write(versions[0][0], after_seq=versions[0][1])]
         messages = [_message(version, after_seq) for version, after_seq in versions]
         try:
-            seqs = await call_with_retry(
-                partial(publish_batch, self._connection, messages), deadline_s=WRITE_DEADLINE_S
+            seqs = await store_with_retry(
+                self._connection, KEYS_STREAM, partial(publish_batch, self._connection, messages)
             )
         except Refused as refusal:
             if refusal.err_code != WRONG_LAST_SEQUENCE:
@@ -270,8 +271,7 @@ class KeyLog:
 
     async def _look(self, namespace: str, key: str, from_seq: int) -> list[tuple[Head, KeyVersionRow]]:
         """The first versions from a sequence on, a few of them; none when there are none."""
-        request = {"next_by_subj": key_subject(namespace, key), "batch": _LOOK, "seq": from_seq}
-        messages = await self._batch(request)
+        messages = await self._run_of(key_subject(namespace, key), _LOOK, from_seq)
         found = [(head, head.row) for head in map(_decoded, messages) if head is not None and head.row is not None]
         if found or len(messages) < _LOOK:
             return found
@@ -289,26 +289,44 @@ class KeyLog:
             return None
         raise UnavailableError(f"the bucket of keys answered {status!r}")
 
-    async def _last_at_leader(self, subject: str) -> StoredMessage | None:
-        request = {"last_by_subj": subject}
-        try:
-            answer: dict[str, Any] = (await self._connection.api(f"STREAM.MSG.GET.{KEYS_STREAM}", request))["message"]
-        except ApiError as error:
-            if error.err_code == _NO_MESSAGE:
-                return None
-            raise
-        message = msgspec.convert(answer, _LeaderMessage, strict=False)
-        return StoredMessage(
-            subject=message.subject,
-            headers={},
-            payload=message.data,
-            seq=message.seq,
-            stored_at_ms=parse_time_ms(message.time),
-            epoch="",
-        )
+    async def _subjects(self, request: Mapping[str, object]) -> dict[str, Any]:
+        answer = await self._connection.api(f"STREAM.INFO.{KEYS_STREAM}", request)
+        require_majority(answer)
+        return answer
 
-    async def _batch(self, request: Mapping[str, object]) -> list[StoredMessage]:
-        return await call_with_retry(partial(self._batch_once, request), deadline_s=READ_DEADLINE_S)
+    async def _run_of(self, subject: str, count: int, from_seq: int) -> list[StoredMessage]:
+        """The first ``count`` messages of a subject from a sequence on; fewer only when that is its end."""
+
+        async def is_complete(messages: list[StoredMessage]) -> None:
+            if len(messages) < count:
+                last_seq = messages[-1].seq if messages else max(1, from_seq) - 1
+                await require_end(self._connection, KEYS_STREAM, subject, last_seq)
+
+        request = {"next_by_subj": subject, "batch": count, "seq": max(1, from_seq)}
+        return await self._batch(request, is_complete=is_complete)
+
+    async def _was_last(self, subject: str, at_ms: int, messages: list[StoredMessage]) -> None:
+        """Raises unless the one message, or none, was the last of its subject at a time."""
+        request = {"seq": messages[0].seq + 1 if messages else 1, "next_by_subj": subject}
+        behind = await message_at_leader(self._connection, KEYS_STREAM, request)
+        if behind is not None and behind.stored_at_ms <= at_ms:
+            raise UnavailableError("a server that holds the bucket of keys has not caught up yet")
+
+    async def _batch(
+        self,
+        request: Mapping[str, object],
+        *,
+        is_complete: Callable[[list[StoredMessage]], Awaitable[None]] | None = None,
+    ) -> list[StoredMessage]:
+        """Asks any copy; with more than one, ``is_complete`` asks the leader whether that copy had caught up."""
+
+        async def read() -> list[StoredMessage]:
+            messages = await self._batch_once(request)
+            if self._replicas > 1 and is_complete is not None:
+                await is_complete(messages)
+            return messages
+
+        return await call_with_retry(read, deadline_s=READ_DEADLINE_S)
 
     async def _batch_once(self, request: Mapping[str, object]) -> list[StoredMessage]:
         messages: list[StoredMessage] = []
@@ -325,15 +343,6 @@ class KeyLog:
                 if status in ("204", "404"):
                     return messages
                 raise UnavailableError(f"the bucket of keys answered {status!r}")
-
-
-class _LeaderMessage(msgspec.Struct):
-    """A message as ``STREAM.MSG.GET`` tells it; ``data`` comes in base64."""
-
-    subject: str
-    seq: int
-    time: str
-    data: bytes = b""
 
 
 def _message(version: NewVersion, after_seq: int | None) -> Outgoing:

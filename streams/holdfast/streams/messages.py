@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import msgspec
 
-from holdfast.schemas.errors import IntegrityError
+from holdfast.schemas.errors import IntegrityError, UnavailableError
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _SHORT_ACK_TOKENS: Final = 9
@@ -31,7 +31,7 @@ def parse_time_ms(text: str) -> int:
     try:
         # Floored, as everywhere: a row is the same whichever way it was read.
         return (datetime.fromisoformat(text) - _EPOCH) // timedelta(milliseconds=1)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a TypeError for a time without a zone
         raise IntegrityError(f"the server gave {text[:40]!r} as a time") from error
 
 
@@ -44,24 +44,38 @@ def is_delivery(reply: str) -> bool:
 
 
 def message_of_delivery(
-    subject: str, headers: Mapping[str, str] | None, payload: bytes, ack_subject: str, epoch: str
+    subject: str,
+    headers: Mapping[str, str] | None,
+    payload: bytes,
+    ack_subject: str,
+    epoch: str | Callable[[int], str],
 ) -> tuple[StoredMessage, int]:
     """Returns the message of a consumer's delivery, and which attempt it is.
+
+    ``epoch`` is the stream's life, or tells that of a sequence.
 
     The reply subject says where it stands (ADR-15)::
 
         $JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<delivered>.<seq>.<consumer seq>.<time>.<pending>[.<token>]
 
-    Nine tokens in the short form, eleven or twelve in the long one.
+    Nine tokens in the short form, eleven or twelve in the long one.  Raises UnavailableError for another form: the
+    server writes none, but whoever knows an inbox may send anything to it.
     """
     tokens = ack_subject.split(".")
     first = 4 if len(tokens) == _SHORT_ACK_TOKENS else 6
+    try:
+        attempt, seq, _, stored_at_ns = map(int, tokens[first : first + 4])
+    except ValueError as error:
+        raise UnavailableError(
+            f"a delivery has the reply subject {ack_subject[:80]!r}, which the server does not write",
+            hint="see who may publish to _INBOX.> on this server; it is asked again",
+        ) from error
     message = StoredMessage(
         subject=subject,
         headers=headers or {},
         payload=payload,
-        seq=int(tokens[first + 1]),
-        stored_at_ms=int(tokens[first + 3]) // 1_000_000,
-        epoch=epoch,
+        seq=seq,
+        stored_at_ms=stored_at_ns // 1_000_000,
+        epoch=epoch if isinstance(epoch, str) else epoch(seq),
     )
-    return message, int(tokens[first])
+    return message, attempt

@@ -21,8 +21,28 @@ SUBJECT_FULL: Final = 10077
 """Maximum bytes or messages reached; with discard-new-per-subject also an occupied subject."""
 BATCH_DUPLICATE: Final = 10201
 """A member of an atomic batch carries a message id that was seen before."""
+BATCH_BROKEN: Final = 10176
+"""Only a part of an atomic batch has come to the stream's leader, as when another one was chosen on its way: nothing of
+it was stored."""
+DUPLICATE_UNDER_WAY: Final = 10158
+"""In a cluster, another attempt with this message id has not been decided yet: it may still be stored, or not."""
 _BATCH_HEADERS_BYTES: Final = 150
-_RETRYABLE: Final = frozenset({WRONG_LAST_SEQUENCE_UNKNOWN, 10167, 10008, 10076, 10174, 10199, 10210, 10211})
+_RETRYABLE: Final = frozenset(
+    {
+        WRONG_LAST_SEQUENCE_UNKNOWN,
+        BATCH_BROKEN,
+        DUPLICATE_UNDER_WAY,
+        10167,
+        10008,
+        10009,
+        10076,
+        10118,
+        10174,
+        10199,
+        10210,
+        10211,
+    }
+)
 
 
 _HEADER_FRAME_BYTES: Final = len("NATS/1.0\r\n\r\n")
@@ -73,8 +93,12 @@ async def publish(connection: Connection, message: Outgoing, *, timeout_s: float
     is no such stream or the server asks to try later.
     """
     check_payload(connection, message)
-    reply = await connection.lean.request(message.subject, message.payload, message.headers, timeout_s=timeout_s)
-    return _acknowledged(reply)
+    try:
+        reply = await connection.lean.request(message.subject, message.payload, message.headers, timeout_s=timeout_s)
+        return _acknowledged(reply)
+    except UnknownOutcomeError:
+        connection.unknown_writes += 1
+        raise
 
 
 async def publish_batch(
@@ -101,6 +125,9 @@ async def publish_batch(
             wants_reply = number in (1, last)
             await lean.publish(message.subject, message.payload, headers, reply_token=token if wants_reply else None)
         ack = _acknowledged(await outcome)
+    except UnknownOutcomeError:
+        connection.unknown_writes += last
+        raise
     except BaseException:
         outcome.cancel()
         raise

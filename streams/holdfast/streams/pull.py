@@ -16,12 +16,15 @@ from holdfast.schemas import limits
 from holdfast.schemas.errors import GapError, UnavailableError
 from holdfast.streams.arrivals import next_of
 from holdfast.streams.connection import ApiError, Connection, Msg
+from holdfast.streams.leader import message_at_leader
 from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery, parse_time_ms
 from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import StreamInfo, stream_info
 from holdfast.streams.wire import H_SEQUENCE, H_STATUS, H_SUBJECT, H_TIME
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nats.aio.subscription import Subscription
 
 PULL_BYTES: Final = 8 * limits.MIB
@@ -62,6 +65,7 @@ class StreamReader:
         self._consumer: str | None = None
         self._delivered_up_to = -1
         self._epoch: str = ""
+        self._life: str | Callable[[int], str] = ""
         self._queue: asyncio.Queue[Msg] = asyncio.Queue()  # bounded by what a pull asks for
         self._inbox = ""
         self._subscription: Subscription | None = None
@@ -92,6 +96,7 @@ class StreamReader:
         if self._epoch and info.epoch != self._epoch:
             raise GapError(f"stream {self._stream} was created anew while it was being read")
         self._epoch = info.epoch
+        self._life = info.life
         last = info.last_seq if up_to is None else min(up_to, info.last_seq)
         if self.next_seq < info.first_seq and self.next_seq <= info.last_seq:
             if not self._allow_gaps:
@@ -245,11 +250,14 @@ class StreamReader:
                 raise
 
     def _message(self, message: Msg) -> StoredMessage:
-        return message_of_delivery(message.subject, message.headers, message.data, message.reply, self._epoch)[0]
+        return message_of_delivery(message.subject, message.headers, message.data, message.reply, self._life)[0]
 
 
 async def read_one(connection: Connection, info: StreamInfo, seq: int) -> StoredMessage | None:
     """Returns the message at one sequence of a stream, or None when it holds none there."""
+    if info.replicas > 1:
+        # A server that has not caught up holds nothing yet where something stands.
+        return await message_at_leader(connection, info.name, {"seq": seq}, epoch=info.epoch_at(seq))
     request = msgspec.json.encode({"seq": seq})
     message = await connection.lean.request(f"$JS.API.DIRECT.GET.{info.name}", request)
     headers = message.headers or {}
@@ -265,7 +273,7 @@ async def read_one(connection: Connection, info: StreamInfo, seq: int) -> Stored
         payload=message.data,
         seq=int(headers[H_SEQUENCE]),
         stored_at_ms=parse_time_ms(headers[H_TIME]),
-        epoch=info.epoch,
+        epoch=info.epoch_at(seq),
     )
 
 

@@ -2,7 +2,8 @@
 
 The server passes on a subject that is not UTF-8 and a header block without an end; nats-py 2.16 ends its read loop
 over either, so that one such message would silence every connection that it is delivered to, again after each
-reconnect.  Here it arrives, with U+FFFD in place of what is not text, and is judged like any other message.
+reconnect.  Here it arrives, with U+FFFD in place of what is not text, and is judged like any other message.  Frames
+are taken apart by :mod:`holdfast.streams.frame_parser`, for the same reason.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from nats.aio.client import Client
+
+from holdfast.streams.frame_parser import FrameParser
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -21,6 +24,10 @@ class TolerantClient(Client):
 
     Overrides methods that nats-py does not document; tests send such messages, and so guard an upgrade.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ps = FrameParser(self)
 
     async def flush(self, timeout: int = 10) -> None:  # noqa: ASYNC109  the signature is nats-py's
         """Returns once the server has seen everything that was published and subscribed before the call."""
@@ -52,7 +59,7 @@ class TolerantClient(Client):
             if colon:
                 key = _NAMES.get(name) or _header_name(name)
                 if key is not None:
-                    headers[key] = value.strip().decode("utf-8", "replace")
+                    headers[key] = value.strip(_BLANKS).decode("utf-8", "replace")
         return headers
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
@@ -72,6 +79,10 @@ _NAMES: Final[dict[bytes, str]] = {}
 """Header names seen before, by their bytes: a dozen, unless somebody makes them up."""
 
 _MOST_NAMES: Final = 256
+
+_BLANKS: Final = b" \t\r\n"
+"""What a value is trimmed of.  nats-py's ``strip`` takes a vertical tab away too, which in Nats-Subject is a character
+of the subject like another."""
 
 
 def _header_name(raw: bytes) -> str | None:

@@ -77,6 +77,8 @@ H_EXPECT_SUBJECT_SEQ: Final = "Nats-Expected-Last-Subject-Sequence"
 H_SUBJECT: Final = "Nats-Subject"
 H_SEQUENCE: Final = "Nats-Sequence"
 H_TIME: Final = "Nats-Time-Stamp"
+H_UP_TO: Final = "Nats-UpTo-Sequence"
+"""In the closing word of a batched direct get: up to where the answering server's copy of the stream goes."""
 H_BATCH_ID: Final = "Nats-Batch-Id"
 H_BATCH_SEQUENCE: Final = "Nats-Batch-Sequence"
 H_BATCH_COMMIT: Final = "Nats-Batch-Commit"
@@ -181,7 +183,7 @@ def parse_event_subject(subject: str) -> EventAddress:
     return EventAddress(
         check_namespace(decode_token(tokens[1])),
         check_agent(decode_token(tokens[3])),
-        check_event_name(":".join(decode_token(token) for token in tokens[4:])),
+        check_event_name(_joined(tokens[4:], ":")),
     )
 
 
@@ -198,7 +200,24 @@ def parse_key_subject(subject: str) -> tuple[str, str]:
     tokens = subject.removeprefix(KEYS_PREFIX).split(".")
     if not subject.startswith(KEYS_PREFIX) or len(tokens) < 2:
         raise InvalidNameError(f"subject {subject[:120]!r} is not {KEYS_PREFIX}<namespace>.<key…>", field="subject")
-    return check_namespace(decode_token(tokens[0])), ".".join(decode_token(token) for token in tokens[1:])
+    return check_namespace(decode_token(tokens[0])), check_key(_joined(tokens[1:], "."))
+
+
+def _joined(tokens: list[str], separator: str) -> str:
+    """The name that tokens stand for, one a segment.
+
+    A segment with the separator in it would be a second spelling of a name that has more segments: two subjects of one
+    event name, or two chains of versions of one key.
+    """
+    segments = [decode_token(token) for token in tokens]
+    for segment, token in zip(segments, tokens, strict=True):
+        if separator in segment:
+            raise InvalidNameError(
+                f"subject token {token[:80]!r} stands for a segment with {separator!r} in it",
+                field="subject",
+                hint="write each segment of a name as a token of its own",
+            )
+    return separator.join(segments)
 
 
 def namespace_token(subject: str) -> str:

@@ -30,15 +30,23 @@ from holdfast.lake.files import fsync_directory, fsync_file, make_directory, mov
 from holdfast.lake.log import (
     LOG_DIRECTORY,
     OUR_INFO,
+    Removal,
     Snapshot,
     TornCommitError,
     checkpoint_path,
+    commit_digest,
     commit_path,
+    entry_of,
     list_checkpoints,
     list_versions,
     read_commit,
 )
-from holdfast.schemas.errors import FenceError, UnavailableError
+from holdfast.lake.log import (
+    Transaction as ReadTransaction,
+)
+from holdfast.lake.log_copies import checkpoint_is_sound, drop_copies, keep_checksum, keep_copy
+from holdfast.lake.log_repair import checkpoint_says, drop_bad_hint, repair_log
+from holdfast.schemas.errors import FenceError, IntegrityError, UnavailableError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.rows import Position, Table
@@ -98,8 +106,10 @@ def create_table(table: Table, directory: Path) -> None:
             configuration=_CONFIGURATION,
             post_commithook_properties=_NO_HOOKS,
         )
-    # Whoever made the last commit may have died before its fsync.
+    # Whoever made the table, or its last commit, may have died before its fsync.
+    fsync_directory(directory)
     make_durable(directory, list_versions(directory)[-1])
+    repair_log(directory)
 
 
 def make_durable(directory: Path, version: int) -> None:
@@ -118,8 +128,14 @@ def commit(base: Snapshot, change: Change) -> int:
     directory = base.directory
     if read_commit(directory, base.version + 1) is not None:
         raise CommitRaceError(base.version + 1)
-    make_durable(directory, base.version)
-    handle = DeltaTable(str(directory))
+    try:
+        make_durable(directory, base.version)
+        keep_copy(directory, base.version, commit_path(directory, base.version))
+    except FileNotFoundError as error:
+        if list_versions(directory)[-1:] > [base.version]:
+            raise CommitRaceError(base.version + 1) from error  # the log moved on so far that it was cleaned past it
+        raise
+    handle = _open_handle(base)
     if handle.version() != base.version:
         raise CommitRaceError(handle.version())
     found = handle.transaction_version(change.app_id)
@@ -130,8 +146,10 @@ def commit(base: Snapshot, change: Change) -> int:
         )
     commit_id = uuid.uuid4().hex
     updated = max([now_ms(), *(known.updated + 1 for known in base.transactions.values())])
+    info = {"v": 1, "action": change.action, "commit_id": commit_id, "previous": base.fingerprint.hex(), **change.info}
+    info["sum"] = _digest(change, updated, info)
     properties = CommitProperties(
-        custom_metadata={OUR_INFO: {"v": 1, "action": change.action, "commit_id": commit_id, **change.info}},
+        custom_metadata={OUR_INFO: info},
         max_commit_retries=0,
         app_transactions=[Transaction(change.app_id, change.version, updated)],
     )
@@ -148,15 +166,51 @@ def commit(base: Snapshot, change: Change) -> int:
     except DeltaError as error:
         _check_lost(base, commit_id, error)
     failpoint("lake.after_commit")
+    if not commit_path(directory, base.version).exists():
+        # Old commits go, oldest first, once the log has moved on far beyond them: who was stopped before this commit
+        # for that long may have taken a number that was free again.
+        raise CommitRaceError(base.version + 1)
     make_durable(directory, base.version + 1)
     failpoint("lake.after_log_fsync")
+    keep_copy(directory, base.version + 1, commit_path(directory, base.version + 1), anew=True)
     return base.version + 1
+
+
+def _digest(change: Change, updated: int, info: dict[str, Any]) -> str:
+    """Returns the digest of what will be read of this commit."""
+    return commit_digest(
+        [
+            entry_of(add.path, add.size, dict(add.partition_values), add.modification_time, add.stats)
+            for add in change.adds
+        ],
+        [Removal(remove.path, remove.deletion_timestamp or 0) for remove in change.removes],
+        [ReadTransaction(change.app_id, change.version, updated)],
+        info,
+    )
+
+
+def _open_handle(base: Snapshot) -> DeltaTable:
+    """Opens deltalake's handle; a checkpoint or hint that keeps it from opening is set aside first."""
+    try:
+        return DeltaTable(str(base.directory))
+    except DeltaError:
+        repair_checkpoints(base.table, base.directory)
+        repair_log(base.directory)
+    try:
+        return DeltaTable(str(base.directory))
+    except DeltaError as error:
+        raise IntegrityError(
+            f"the log of {base.directory} cannot be opened: {error}",
+            hint="run holdfast verify; nothing was committed, and the streams keep what is not archived",
+        ) from error
 
 
 def _check_lost(base: Snapshot, commit_id: str, error: DeltaError) -> None:
     """Returns when the failed call has committed after all; otherwise raises what became of it."""
     taken = read_commit(base.directory, base.version + 1)
     if taken is None:
+        if list_versions(base.directory)[-1:] > [base.version]:
+            raise CommitRaceError(base.version + 1) from error  # taken, and cleaned away since
         raise UnavailableError(
             f"{base.directory} cannot be committed to: {error}", hint="check free space and permissions, then retry"
         ) from error
@@ -191,6 +245,7 @@ def set_torn_aside(base: Snapshot, torn: TornCommit) -> Path:
     if find_torn(base) != torn:
         raise FenceError(f"{torn.path} is no longer a torn commit", hint="open the lake again")
     target = move_aside(Path(torn.path), base.directory / LOG_DIRECTORY / TORN_DIRECTORY)
+    drop_copies(base.directory, [torn.version])
     logger.warning(
         "torn commit set aside",
         extra={"action": "torn_commit_set_aside", "table": torn.table, "version": torn.version, "path": str(target)},
@@ -207,6 +262,12 @@ def write_checkpoint(base: Snapshot) -> None:
         fsync_file(path)
         fsync_file(path.with_name(_LAST_CHECKPOINT))
         fsync_directory(path.parent)
+        if not checkpoint_says(base):
+            # deltalake reads the log by itself: what it read was damaged, or it reads something else than we do.
+            move_aside(path, path.parent / TORN_DIRECTORY)
+            path.with_name(_LAST_CHECKPOINT).unlink(missing_ok=True)
+            raise OSError(f"{path} does not say what the log says")
+        keep_checksum(directory, version, path)
     except (DeltaError, OSError) as error:
         logger.warning(
             "checkpoint was not written",
@@ -220,9 +281,12 @@ def repair_checkpoints(table: Table, directory: Path) -> None:
     Nothing is lost by it: commits are kept, and say the same.
     """
     log = directory / LOG_DIRECTORY
+    drop_bad_hint(directory)
     for version in reversed(list_checkpoints(directory)):
         path = checkpoint_path(directory, version)
         try:
+            if not checkpoint_is_sound(directory, version, path):
+                raise OSError("it is not what was written")
             pq.read_table(path, columns=["txn", "metaData", "add"])
         except (pa.ArrowException, OSError) as error:
             (log / _LAST_CHECKPOINT).unlink(missing_ok=True)

@@ -8,7 +8,6 @@ Rows are copied as they are, none dropped and none merged: the multiset of rows 
 from __future__ import annotations
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake.transaction import RemoveAction
 
+from holdfast.lake.checksums import find_damage
 from holdfast.lake.columns import (
     COLUMNS,
     COMPACTED_BODY_BYTES_PER_GROUP,
@@ -29,9 +29,21 @@ from holdfast.lake.columns import (
 )
 from holdfast.lake.commit import Change
 from holdfast.lake.files import fsync_directory
-from holdfast.lake.log import LOG_DIRECTORY, FileEntry, Snapshot, commit_path, list_checkpoints, list_versions
-from holdfast.lake.writer import TEMPORARY, FileWriter, WrittenFile, remove_files
-from holdfast.schemas.errors import FenceError, IntegrityError, UnavailableError
+from holdfast.lake.litter import remove_litter
+from holdfast.lake.log import (
+    LOG_DIRECTORY,
+    FileEntry,
+    Snapshot,
+    checkpoint_path,
+    commit_path,
+    list_checkpoints,
+    list_versions,
+)
+from holdfast.lake.log_copies import checkpoint_is_sound, drop_copies
+from holdfast.lake.orphans import disown, orphans_of
+from holdfast.lake.quarantine import Quarantine, damaged_error
+from holdfast.lake.writer import FileWriter, WrittenFile, remove_files, require_kept
+from holdfast.schemas.errors import DamagedError, FenceError, IntegrityError, UnavailableError
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.rows import TABLES, Table
 
@@ -152,12 +164,16 @@ def compact(
     report = CompactionReport()
     for name in tables:
         table = lake.table(name)
-        for group in plan_merge(tuple(table.refresh().files.values()), today=today, policy=policy):
+        damaged = Quarantine(table.directory).files()
+        entries = [entry for entry in table.refresh().files.values() if entry.path not in damaged]
+        for group in plan_merge(entries, today=today, policy=policy):
             try:
                 written = _merge(table, group)
             except FenceError:
                 logger.info("group was compacted by another process", extra={"action": "merge_lost", "table": name})
                 continue
+            except DamagedError:
+                continue  # it is in quarantine now, which tells it; its neighbours are merged next time
             report = CompactionReport(
                 groups=report.groups + 1,
                 files_before=report.files_before + len(group.files),
@@ -171,8 +187,13 @@ def compact(
 
 def _merge(table: LakeTable, group: MergeGroup) -> FileEntry:
     with FileWriter(table.name, table.directory, group.day, group.epoch, compacted=True) as writer:
-        for content in _row_groups(table.name, table.directory, group.files):
-            writer.copy_group(content)
+        _check(table, group.files)
+        try:
+            for content in _row_groups(table.name, table.directory, group.files):
+                writer.copy_group(content)
+        except IntegrityError:
+            _require_current(table, group.files)
+            raise
         written = writer.finish()
         expected = sum(entry.rows for entry in group.files)
         if written.entry.rows != expected:
@@ -183,15 +204,36 @@ def _merge(table: LakeTable, group: MergeGroup) -> FileEntry:
     try:
         table.commit(lambda snapshot: _replacement(snapshot, group, written))
     except (FenceError, UnavailableError):
-        remove_files(table.directory, [written.entry])
+        if written.entry.path not in table.refresh().files:
+            remove_files(table.directory, [written.entry])
         raise
     return written.entry
+
+
+def _check(table: LakeTable, files: Sequence[FileEntry]) -> None:
+    """Damage must not be copied: with new checksums over it, nothing would find it again."""
+    directory = table.directory
+    for entry in files:
+        damage = find_damage(directory, entry, again=True)
+        if damage is not None:
+            _require_current(table, files)
+            Quarantine(directory).add(entry, damage)
+            raise damaged_error(directory, damage)
+
+
+def _require_current(table: LakeTable, files: Sequence[FileEntry]) -> None:
+    """Raises FenceError when files that cannot be read are none of the table any more: who was paused for a day may
+    find them merged by another compactor, and removed."""
+    known = table.refresh().files
+    if any(entry.path not in known for entry in files):
+        raise FenceError(f"files to merge are no longer in {table.directory}", hint="plan anew")
 
 
 def _replacement(snapshot: Snapshot, group: MergeGroup, written: WrittenFile) -> Change:
     gone = [entry.path for entry in group.files if entry.path not in snapshot.files]
     if gone:
         raise FenceError(f"{len(gone)} files to merge are no longer in {snapshot.directory}", hint="plan anew")
+    require_kept(snapshot, [written.entry])
     at_ms = now_ms()
     last = snapshot.transactions.get(COMPACTOR)
     return Change(
@@ -286,8 +328,9 @@ def vacuum(
     """Removes files that no reader can need: replaced by compaction, left by a crash, summarised by checkpoints.
 
     The newest commit is made durable first, so that no power cut can bring a removed file back into use.  Files not
-    named in the log are orphans only after ``orphans_older_than_s``: a younger one may be about to be committed.  A
-    table with a torn commit is left alone.
+    named in the log are orphans only after ``orphans_older_than_s``: a younger one is most likely about to be
+    committed.  An older one may still be, by a process that was stopped for so long, or by one whose clock is right
+    when ours is not: :mod:`holdfast.lake.orphans` keeps the two apart.  A table with a torn commit is left alone.
     """
     now = now_ms() if at_ms is None else at_ms
     replaced = orphaned = log_files = size = 0
@@ -297,36 +340,29 @@ def vacuum(
             continue
         table.durable_watermark()
         snapshot = table.snapshot
-        for path in _unreferenced(snapshot):
-            removal = snapshot.removals.get(str(path.relative_to(snapshot.directory)))
+        removals = snapshot.removals
+        orphans: list[Path] = []
+        for path in orphans_of(snapshot):
+            removal = removals.get(str(path.relative_to(snapshot.directory)))
             try:
                 stat = path.stat()
             except FileNotFoundError:
                 continue  # another vacuum was here
             if removal is not None and removal.removed_ms <= now - older_than_s * 1000:
+                path.unlink(missing_ok=True)
                 replaced += 1
+                size += stat.st_size
             elif removal is None and stat.st_mtime * 1000 <= now - orphans_older_than_s * 1000:
-                orphaned += 1
-            else:
-                continue
+                orphans.append(path)
+                size += stat.st_size
+        for path in disown(table, orphans):
             path.unlink(missing_ok=True)
-            size += stat.st_size
+            orphaned += 1
         log_files += _clean_log(snapshot.directory, now - log_older_than_s * 1000)
-    return VacuumReport(replaced_files=replaced, orphaned_files=orphaned, log_files=log_files, bytes=size)
-
-
-_OUR_FILE: Final = re.compile(r"part-[0-9a-f-]{36}\.parquet\Z")
-
-
-def _unreferenced(snapshot: Snapshot) -> list[Path]:
-    """Returns the files of ours in a table's directory that are not part of it."""
-    folders = [*snapshot.directory.glob("day=*"), snapshot.directory / TEMPORARY]
-    present = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
-    return [
-        path
-        for path in present
-        if _OUR_FILE.match(path.name) and str(path.relative_to(snapshot.directory)) not in snapshot.files
-    ]
+    litter, litter_bytes = remove_litter(lake.path, now - orphans_older_than_s * 1000)
+    return VacuumReport(
+        replaced_files=replaced, orphaned_files=orphaned + litter, log_files=log_files, bytes=size + litter_bytes
+    )
 
 
 def _clean_log(directory: Path, before_ms: float) -> int:
@@ -334,15 +370,19 @@ def _clean_log(directory: Path, before_ms: float) -> int:
     checkpoints = list_checkpoints(directory)
     if len(checkpoints) < 2:
         return 0
+    kept = checkpoints[-2]
+    if not checkpoint_is_sound(directory, kept, checkpoint_path(directory, kept)):
+        return 0  # the commits are what mends it
     removed = 0
     for version in list_versions(directory):
         path = commit_path(directory, version)
         try:
-            if version >= checkpoints[-2] or path.stat().st_mtime * 1000 > before_ms:
+            if version >= kept or path.stat().st_mtime * 1000 > before_ms:
                 break
         except FileNotFoundError:
             continue  # another vacuum was here
         path.unlink(missing_ok=True)
+        drop_copies(directory, [version])
         removed += 1
     if removed:
         fsync_directory(directory / LOG_DIRECTORY)

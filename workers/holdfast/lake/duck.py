@@ -16,25 +16,89 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 import duckdb
 import pyarrow as pa
 
+from holdfast.lake.checksums import find_damage
 from holdfast.lake.columns import to_batch
 from holdfast.lake.lake import Lake
+from holdfast.lake.quarantine import HINT, Quarantine
 from holdfast.lake.snapshot import Identity, Picture, PictureTaker, Tail, identities_of
 from holdfast.lake.views import file_scan, view_statements
-from holdfast.schemas.errors import ConfigurationError
+from holdfast.schemas.errors import ConfigurationError, DamagedError, UnavailableError
 from holdfast.schemas.rows import TABLES, ContextRow, Row, Table
 
 if TYPE_CHECKING:
+    from holdfast.lake.checksums import Damage
     from holdfast.lake.index import LakeIndex
     from holdfast.lake.log import Snapshot
 
 VIEWS_FILE: Final = "holdfast.duckdb"
 VIEWS_FILE_INTERVAL_S: Final = 1.0
 
+_MARK: Final = "holdfast: damaged file|"
+
 _TAIL_ADAPTER: Final = "holdfast.streams.tail"
 _TAIL_RELATION: Final[dict[Table, str]] = {table: f"tail_of_{table}" for table in TABLES}
 
 # What runs SQL, and so sees a picture of its own.
 _STATEMENTS: Final = frozenset({"executemany", "from_query", "query", "sql", "table", "view"})
+
+
+class DamageWatch:
+    """Compares files with their checksums before DuckDB reads them: it looks at none, and serves what it finds.
+
+    A file is compared once in a process, when it first is in a picture; what the lake's records call damaged is
+    believed at once.  ``compare`` False goes by the records alone.
+    """
+
+    def __init__(self, *, compare: bool = True) -> None:
+        self._compare = compare
+        self._quarantines: dict[Path, Quarantine] = {}
+        self._own: dict[Path, dict[str, tuple[str, object]]] = {}
+        self._compared: dict[Path, Snapshot] = {}
+
+    def damaged(self, snapshot: Snapshot) -> dict[str, str]:
+        """Returns the files of a version that must not be read, with what is wrong with them."""
+        directory = snapshot.directory
+        own = self._own.get(directory, {})
+        is_healed = any(_identity(directory / path) != identity for path, (_, identity) in own.items())
+        if self._compare and (is_healed or self._compared.get(directory) is not snapshot):
+            own = self._own[directory] = {
+                path: (_told(snapshot, damage), _identity(directory / path))
+                for path, entry in snapshot.files.items()
+                if (damage := find_damage(directory, entry)) is not None
+            }
+            self._compared[directory] = snapshot
+        quarantine = self._quarantines.get(directory)
+        if quarantine is None:
+            quarantine = self._quarantines[directory] = Quarantine(directory)
+        recorded = {path: _told(snapshot, record.damage()) for path, record in quarantine.of(snapshot).items()}
+        return recorded | {path: told for path, (told, _) in own.items()}
+
+
+def _identity(path: Path) -> object:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _told(snapshot: Snapshot, damage: Damage) -> str:
+    spans = ",".join(f"{span.first_seq}-{span.last_seq}" for span in damage.ranges)
+    file = snapshot.directory / damage.path
+    return f"{_MARK}{damage.rows}|{spans}|{file}|{file} is damaged: {damage.describe()}; {HINT}"
+
+
+def _translated(error: duckdb.Error) -> Exception:
+    """Returns DamagedError for a statement that came to a damaged file, else the error as it is."""
+    _, mark, told = str(error).partition(_MARK)
+    parts = told.split("|", 3)
+    if not mark or len(parts) != 4:
+        return error
+    rows, spans, file, message = parts
+    seqs = [int(seq) for span in spans.split(",") for seq in span.split("-", 1)]
+    return DamagedError(
+        message.removesuffix(f"; {HINT}"), file=file, rows=int(rows), first_seq=min(seqs), last_seq=max(seqs), hint=HINT
+    )
 
 
 class Connection:
@@ -45,12 +109,24 @@ class Connection:
     ``contexts_of(refs)``, ``keys_as_of(moment)``, ``get_context_stats()``.  They cannot be written to; tables of one's
     own live in memory.  A lazy relation (``sql``, ``table``) is evaluated against the newest picture that this
     connection has taken by then.  Not for several threads at once: give each its own :meth:`cursor`.
+
+    A file that is not what was written is never read: a statement that may concern its rows raises DamagedError, one
+    over other tables or narrowed to other days (``day``) is served.
     """
 
-    def __init__(self, duck: duckdb.DuckDBPyConnection, taker: PictureTaker, *, owns_taker: bool) -> None:
+    def __init__(
+        self,
+        duck: duckdb.DuckDBPyConnection,
+        taker: PictureTaker,
+        *,
+        owns_taker: bool,
+        watch: DamageWatch | None = None,
+    ) -> None:
         self._duck = duck
         self._taker = taker
         self._owns_taker = owns_taker
+        self._watch = watch or DamageWatch()
+        self._damaged: dict[Table, dict[str, str]] = {}
         self._picture: Picture | None = None
         self._pinned = False
         self.refresh()
@@ -58,22 +134,28 @@ class Connection:
     def execute(self, query: Any, parameters: Any = None) -> Self:
         """Runs a statement on a fresh picture; results are fetched from this object."""
         self.refresh()
-        if parameters is None:
-            self._duck.execute(query)
-        else:
-            self._duck.execute(query, parameters)
+        try:
+            if parameters is None:
+                self._duck.execute(query)
+            else:
+                self._duck.execute(query, parameters)
+        except duckdb.Error as error:
+            raise _translated(error) from error
         return self
 
     def refresh(self) -> Picture:
         """Takes a picture of this moment for the statements to come, unless one is pinned; returns it."""
         if not self._pinned or self._picture is None:
             picture = self._taker.take()
-            if self._picture is None or picture.number != self._picture.number:
-                self._show(picture)
+            damaged: dict[Table, dict[str, str]] = {
+                table: self._watch.damaged(snapshot) for table, snapshot in picture.snapshots.items()
+            }
+            if self._picture is None or picture.number != self._picture.number or damaged != self._damaged:
+                self._show(picture, damaged)
         assert self._picture is not None
         return self._picture
 
-    def _show(self, picture: Picture) -> None:
+    def _show(self, picture: Picture, damaged: dict[Table, dict[str, str]]) -> None:
         old = self._picture
         self._settle()
         for table, rows in picture.tails.items():
@@ -82,12 +164,12 @@ class Connection:
         changed = [
             snapshot
             for table, snapshot in picture.snapshots.items()
-            if old is None or old.snapshots[table] is not snapshot
+            if old is None or old.snapshots[table] is not snapshot or damaged[table] != self._damaged.get(table)
         ]
         tails: dict[Table, str] = {table: _TAIL_RELATION[table] for table in picture.tails}
-        for statement in view_statements(changed, temporary=True, tails=tails):
+        for statement in view_statements(changed, temporary=True, tails=tails, damaged=damaged):
             self._duck.execute(statement)
-        self._picture = picture
+        self._picture, self._damaged = picture, damaged
 
     def _settle(self) -> None:
         """Gives up an unfinished result, as another ``execute`` would: while there is one, DuckDB refuses the rest."""
@@ -105,7 +187,7 @@ class Connection:
 
     def cursor(self) -> Connection:
         """Returns a connection of its own to the same lake and tail, for another thread."""
-        return Connection(self._duck.cursor(), self._taker, owns_taker=False)
+        return Connection(self._duck.cursor(), self._taker, owns_taker=False, watch=self._watch)
 
     def close(self) -> None:
         """Closes the connection and, on the one that ``connect`` returned, the tail."""
@@ -115,13 +197,18 @@ class Connection:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._duck, name)
-        if name not in _STATEMENTS:
+        if not callable(value):
             return value
+        is_statement = name in _STATEMENTS
 
         def run(*arguments: Any, **options: Any) -> Any:
-            self.refresh()
-            self._settle()
-            return value(*arguments, **options)
+            if is_statement:
+                self.refresh()
+                self._settle()
+            try:
+                return value(*arguments, **options)
+            except duckdb.Error as error:
+                raise _translated(error) from error
 
         return run
 
@@ -141,6 +228,7 @@ def connect(
     tail: Tail | None = None,
     live: Sequence[Table] = TABLES,
     index: LakeIndex | None = None,
+    compare: bool = True,
     config: dict[str, str | bool | int | float | list[str]] | None = None,
 ) -> Connection:
     """Opens the lake in a directory for SQL.
@@ -148,7 +236,9 @@ def connect(
     With ``nats_url``, or a ``tail`` of one's own, the views also show what is not archived yet, each row exactly once,
     read after it was acknowledged.  ``live`` names the tables for which they do: the tail of a table stays in memory,
     bodies and all, so leave out what is not asked for.  ``index`` makes the check for repetitions cheaper where a
-    process has one open; it is not needed.  ``config`` is DuckDB's.  Raises DataDirectoryError when there is no lake.
+    process has one open; it is not needed.  ``compare`` False leaves out the comparison of files with their checksums
+    before the first statement over them (a third of a second for each GB): then DuckDB serves what is on the disk.
+    ``config`` is DuckDB's.  Raises DataDirectoryError when there is no lake.
     """
     lake = Lake.open(path)
     if tail is None and nats_url is not None:
@@ -157,8 +247,9 @@ def connect(
     try:
         # Our files never change under their names, so footers may be kept: halves the time over 1,000 files.
         duck.execute("SET parquet_metadata_cache = true")
-        find_known = _KnownByIndex(lake, index) if index is not None else _KnownByScan(duck.cursor())
-        return Connection(duck, PictureTaker(lake, tail, find_known, tables=live), owns_taker=True)
+        watch = DamageWatch(compare=compare)
+        find_known = _KnownByIndex(lake, index) if index is not None else _KnownByScan(duck.cursor(), watch)
+        return Connection(duck, PictureTaker(lake, tail, find_known, tables=live), owns_taker=True, watch=watch)
     except BaseException:
         duck.close()
         if tail is not None:
@@ -186,19 +277,21 @@ _KEY_COLUMNS: Final[dict[Table, tuple[str, ...]]] = {
 
 
 class _KnownByScan:
-    """Finds repetitions of archived rows by one semi-join over the lake's files."""
+    """Finds repetitions of archived rows by one semi-join over the lake's files, but for damaged ones."""
 
-    def __init__(self, duck: duckdb.DuckDBPyConnection) -> None:
+    def __init__(self, duck: duckdb.DuckDBPyConnection, watch: DamageWatch) -> None:
         self._duck = duck
+        self._watch = watch
 
     def __call__(self, snapshot: Snapshot, rows: Sequence[Row]) -> set[Identity]:
-        if not snapshot.files:
+        damaged = self._watch.damaged(snapshot)
+        if len(snapshot.files) == len(damaged):
             return set()
         columns = ", ".join(_KEY_COLUMNS[snapshot.table])
         self._duck.register("candidates", pa.Table.from_batches([to_batch(snapshot.table, rows)]))
         try:
             found = self._duck.execute(
-                f"SELECT DISTINCT {columns} FROM {file_scan(snapshot)} SEMI JOIN candidates USING ({columns})"  # noqa: S608  own names
+                f"SELECT DISTINCT {columns} FROM {file_scan(snapshot, damaged)} SEMI JOIN candidates USING ({columns})"  # noqa: S608  own names
                 + (" WHERE form <> 'touch'" if snapshot.table == "contexts" else "")
             ).fetchall()
         finally:
@@ -265,16 +358,27 @@ def write_views_file(lake: Lake) -> Path:
 
     Plain DuckDB opens it (``duckdb lake/holdfast.duckdb``).  Its file lists are absolute and of this moment; files
     that were compacted away stay for a day, so that a reader who opened it before goes on.  Open it read-only: what is
-    written into it is gone with the next commit.
+    written into it is gone with the next commit.  Of files known to be damaged a statement is told; plain DuckDB
+    itself compares no checksum.
     """
     target = lake.path / VIEWS_FILE
     temporary = lake.path / f".{VIEWS_FILE}.{uuid.uuid4().hex}"
     # Made elsewhere: DuckDB takes a question mark in the path of a database for the beginning of options.
+    watch = DamageWatch(compare=False)
+    damaged: dict[Table, dict[str, str]] = {table: watch.damaged(lake.snapshot(table)) for table in TABLES}
     with tempfile.TemporaryDirectory(prefix="holdfast-views-") as workshop:
         made = Path(workshop) / VIEWS_FILE
-        with duckdb.connect(str(made)) as duck:
-            for statement in view_statements((lake.snapshot(table) for table in TABLES), temporary=False):
-                duck.execute(statement)
+        snapshots = (lake.snapshot(table) for table in TABLES)
+        try:
+            with duckdb.connect(str(made)) as duck:
+                for statement in view_statements(snapshots, temporary=False, damaged=damaged):
+                    duck.execute(statement)
+        except duckdb.Error as error:
+            # Not an IOException alone: a sync that fails is fatal to DuckDB, which is to say to this database of its.
+            raise UnavailableError(
+                f"the views file {target} cannot be made: {error}",
+                hint=f"free space in {workshop}, or name another directory for temporary files in TMPDIR",
+            ) from error
         try:
             shutil.copyfile(made, temporary)
             # A log left by somebody who wrote into the old file would keep the new one from opening.

@@ -8,38 +8,59 @@ Every process keeps its own index.  A refresh is one write transaction with LMDB
 the tree cannot be damaged by a power cut, at most the last refresh is undone, and the next one repeats it.  With
 ``sync`` off a power cut could leave a tree that looks whole and answers wrongly, which nothing would detect.
 
-========  ==========================================  ====================
+========  ==========================================  ===========================
 database  key                                         value
-========  ==========================================  ====================
-contexts  digest (20 bytes)                           epoch number, seq
-events    UUID (16 bytes), namespace                  epoch number, seq
-keys      BLAKE2b-16 of (namespace, key), version     epoch number, seq
+========  ==========================================  ===========================
+contexts  digest (20 bytes)                           epoch number, seq, check
+events    UUID (16 bytes), namespace                  epoch number, seq, check
+keys      BLAKE2b-16 of (namespace, key), version     epoch number, seq, check
 meta      ``table:<name>``, ``epoch:<number>``        stamp, epoch
-========  ==========================================  ====================
+========  ==========================================  ===========================
+
+The check is a CRC-32 of the entry: a damaged one is recognised when it is read, and the index made anew; that nothing
+is missing is seen when it is opened (:mod:`holdfast.lake.index_seal`).  Rows of a damaged file that cannot be told are
+*skipped*: until it is healed, "not known" may not be said of anything (:meth:`LakeIndex.require_complete`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import struct
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import lmdb
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from holdfast.lake.checksums import find_damage, whole_damage
+from holdfast.lake.index_environment import (
+    DAMAGED,
+    ENTRY,
+    EPOCH_PREFIX,
+    PLACE,
+    Environment,
+    IndexDamagedError,
+    Stamp,
+    check_of,
+    is_sound,
+    read_epochs,
+    read_stamp,
+    stamp_key,
+)
 from holdfast.lake.log import FileEntry, Snapshot, TornCommitError, read_commit
-from holdfast.schemas.errors import ConfigurationError, UnavailableError
+from holdfast.lake.quarantine import Quarantine, damaged_error
+from holdfast.lake.salvage import IDENTITY_COLUMNS, salvage_group
+from holdfast.schemas.errors import DamagedError, UnavailableError
 from holdfast.schemas.refs import Digest, digest_to_bytes
 from holdfast.schemas.rows import TABLES, Position, Table
 
@@ -48,19 +69,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT: Final = b"holdfast-index-1"
-INITIAL_MAP_BYTES: Final = 1 << 30
-"""Address space at first, doubled when full; the file itself is sparse and grows with use."""
-
-_EPOCH_PREFIX: Final = b"epoch:"
-_PLACE: Final = struct.Struct("<HQ")
 _VERSION: Final = struct.Struct(">Q")
-_DATABASES: Final[dict[Table, bytes]] = {"contexts": b"contexts", "events": b"events", "key_versions": b"keys"}
-_COLUMNS: Final[dict[Table, list[str]]] = {
-    "contexts": ["ref", "form", "epoch", "stream_seq"],
-    "events": ["event_id", "namespace", "epoch", "stream_seq"],
-    "key_versions": ["namespace", "key", "version", "epoch", "stream_seq"],
-}
 
 EventKey = tuple[str, str]
 """(namespace, event id)."""
@@ -77,21 +86,6 @@ class IndexReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-class _Stamp(msgspec.Struct, frozen=True):
-    table_id: str
-    version: int
-    fingerprint: bytes
-    rows: int
-
-
-class _Environment(NamedTuple):
-    env: lmdb.Environment
-    meta: Any
-    databases: dict[Table, Any]
-    epochs: dict[int, str]
-    lock: threading.Lock
-
-
 # LMDB corrupts itself when one process opens a file twice, so py-lmdb refuses it: share by path, count users.
 _open: dict[tuple[int, str], list[Any]] = {}
 _open_lock = threading.Lock()
@@ -104,7 +98,7 @@ class LakeIndex:
     anew there.
     """
 
-    def __init__(self, path: Path, shared: _Environment) -> None:
+    def __init__(self, path: Path, shared: Environment) -> None:
         self.path = path
         self._shared = shared
         self._closed = False
@@ -117,7 +111,7 @@ class LakeIndex:
         with _open_lock:
             users = _open.get(key)
             if users is None:
-                users = _open[key] = [_open_environment(root), 0]
+                users = _open[key] = [Environment(root), 0]
             users[1] += 1
         return cls(root, users[0])
 
@@ -134,7 +128,7 @@ class LakeIndex:
             users[1] -= 1
             if users[1] == 0:
                 del _open[key]
-                self._shared.env.close()
+                self._shared.close()
 
     def __enter__(self) -> Self:
         return self
@@ -171,40 +165,79 @@ class LakeIndex:
         # The first key that is too high, then back from there.
         bound = prefix + b"\xff" * 9 if version is None else prefix + _VERSION.pack(version)
         found: list[tuple[int, Position]] = []
-        with self._shared.env.begin(db=self._shared.databases["key_versions"], buffers=False) as txn:
+        with self._reading() as shared, shared.env.begin(db=shared.databases["key_versions"], buffers=False) as txn:
+            stamp = self._stamp(txn, "key_versions")
+            if stamp is not None and stamp.skipped:
+                # A version that nobody can read may be any version.
+                raise DamagedError(
+                    f"versions of keys cannot be read: {', '.join(stamp.skipped)} of the lake is damaged",
+                    file=stamp.skipped[0],
+                    hint="see 'holdfast health'",
+                )
             cursor = txn.cursor()
             there = cursor.prev() if cursor.set_range(bound) else cursor.last()
             while there and len(found) < limit and cursor.key().startswith(prefix):
-                found.append((_VERSION.unpack(cursor.key()[16:])[0], self._position(cursor.value())))
+                raw = cursor.key()
+                found.append((_VERSION.unpack(raw[16:])[0], self._position(raw, cursor.value())))
                 there = cursor.prev()
         return found
 
+    def require_complete(self, snapshot: Snapshot) -> None:
+        """Raises DamagedError when rows of this table's part could not be read: anything may be among them."""
+        with self._reading() as shared, shared.env.begin() as txn:
+            stamp = self._stamp(txn, snapshot.table)
+        for path in () if stamp is None else stamp.skipped:
+            entry = snapshot.files.get(path)
+            if entry is not None:
+                record = Quarantine(snapshot.directory).files().get(path)
+                damage = record.damage() if record else whole_damage(entry, "it could not be read")
+                raise damaged_error(snapshot.directory, damage)
+
+    @contextmanager
+    def _reading(self) -> Generator[Environment]:
+        """Within the block, what LMDB raises on a damaged file is told as such; the next use makes the index anew."""
+        with self._shared.in_use():
+            try:
+                yield self._shared
+            except DAMAGED as error:
+                self._shared.discard_after_use()
+                raise IndexDamagedError(
+                    f"the index {self.path} is damaged: {error}", hint="it is built anew; try again"
+                ) from error
+            except IndexDamagedError:
+                self._shared.discard_after_use()
+                raise
+
     def _find(self, table: Table, keys: Iterator[tuple[Any, bytes]]) -> dict[Any, Position]:
         found: dict[Any, Position] = {}
-        with self._shared.env.begin(db=self._shared.databases[table], buffers=False) as txn:
+        with self._reading() as shared, shared.env.begin(db=shared.databases[table], buffers=False) as txn:
             for key, raw in keys:
                 value = txn.get(raw)
                 if value is not None:
-                    found[key] = self._position(value)
+                    found[key] = self._position(raw, value)
         return found
 
-    def _position(self, value: bytes) -> Position:
-        number, seq = _PLACE.unpack(value)
+    def _position(self, key: bytes, value: bytes) -> Position:
+        if not is_sound(key, value):
+            raise IndexDamagedError(f"the index {self.path} is damaged", hint="it is built anew; try again")
+        number, seq, _ = ENTRY.unpack(value)
         epoch = self._shared.epochs.get(number)
         if epoch is None:  # another process has added an epoch
-            self._shared.epochs.update(_read_epochs(self._shared))
-            epoch = self._shared.epochs[number]
+            self._shared.epochs.update(read_epochs(self._shared))
+            epoch = self._shared.epochs.get(number)
+        if epoch is None:
+            raise IndexDamagedError(f"the index {self.path} names no epoch {number}", hint="it is built anew")
         return Position(epoch, seq)
 
     def version(self, table: Table) -> int:
         """Returns the version of a table that the index covers; -1 before the first refresh."""
-        with self._shared.env.begin() as txn:
+        with self._shared.in_use(), self._shared.env.begin() as txn:
             stamp = self._stamp(txn, table)
         return -1 if stamp is None else stamp.version
 
     def count(self, table: Table) -> int:
         """Returns how many entries there are for a table."""
-        with self._shared.env.begin() as txn:
+        with self._shared.in_use(), self._shared.env.begin() as txn:
             entries: int = txn.stat(self._shared.databases[table])["entries"]
         return entries
 
@@ -224,7 +257,8 @@ class LakeIndex:
 
     def _update(self, lake: Lake, *, forget: bool) -> IndexReport:
         try:
-            return self._update_all(lake, forget=forget)
+            with self._shared.in_use():
+                return self._update_all(lake, forget=forget)
         except lmdb.Error as error:
             raise UnavailableError(
                 f"the index {self.path} cannot be brought up to date: {error}",
@@ -242,7 +276,11 @@ class LakeIndex:
             versions[table] = snapshot.version
             with self._shared.env.begin() as txn:
                 stamp = None if forget else self._stamp(txn, table)
-            if stamp is not None and (stamp.version, stamp.fingerprint) == (snapshot.version, snapshot.fingerprint):
+            if (
+                stamp is not None
+                and (stamp.version, stamp.fingerprint) == (snapshot.version, snapshot.fingerprint)
+                and not (stamp.skipped and _readable_again(snapshot, stamp.skipped))
+            ):
                 continue
             added, anew = self._growing(snapshot, forget=forget)
             rows += added
@@ -279,52 +317,93 @@ class LakeIndex:
             txn.drop(self._shared.databases[table], delete=False)
             new_files = sorted(snapshot.files.values(), key=lambda entry: (entry.epoch, entry.min_seq))
         rows = 0
-        for entry in new_files:
-            rows += self._add_file(txn, snapshot, entry)
+        known = () if anew or stamp is None else stamp.skipped
+        again = _readable_again(snapshot, known)
+        skipped = [path for path in known if path in snapshot.files and path not in again]
+        for entry in [*new_files, *(snapshot.files[path] for path in again)]:
+            added, is_whole = self._add_file(txn, snapshot, entry)
+            rows += added
+            if not is_whole:
+                skipped.append(entry.path)
         total = rows + (0 if anew or stamp is None else stamp.rows)
-        new_stamp = _Stamp(snapshot.table_id, snapshot.version, snapshot.fingerprint, total)
-        txn.put(_stamp_key(table), msgspec.msgpack.encode(new_stamp), db=self._shared.meta)
+        entries: int = txn.stat(self._shared.databases[table])["entries"]
+        new_stamp = Stamp(
+            snapshot.table_id,
+            snapshot.version,
+            snapshot.fingerprint,
+            total,
+            entries,
+            tuple(dict.fromkeys(skipped)),
+        )
+        txn.put(stamp_key(table), msgspec.msgpack.encode(new_stamp), db=self._shared.meta)
         return rows, anew
 
-    def _add_file(self, txn: lmdb.Transaction, snapshot: Snapshot, entry: FileEntry) -> int:
-        table = snapshot.table
-        database = self._shared.databases[table]
+    def _add_file(self, txn: lmdb.Transaction, snapshot: Snapshot, entry: FileEntry) -> tuple[int, bool]:
+        """Adds the rows of a file; returns how many, and whether those were all."""
         rows = 0
-        with pq.ParquetFile(snapshot.directory / entry.path) as parquet:
-            for batch in parquet.iter_batches(batch_size=65_536, columns=_COLUMNS[table]):
-                epochs = {epoch: self._epoch_number(txn, epoch) for epoch in batch.column("epoch").unique().to_pylist()}
-                pack = _PLACE.pack
-                places = [
-                    pack(epochs[epoch], seq)
-                    for epoch, seq in zip(
-                        batch.column("epoch").to_pylist(), batch.column("stream_seq").to_pylist(), strict=True
-                    )
-                ]
-                # Sorted, neighbours land on the same page: fewer pages are written.  The first position of a key
-                # stays: a later row of the same key is a repetition.
-                items = sorted(_items(table, batch, places))
-                with txn.cursor(db=database) as cursor:
-                    cursor.putmulti(items, overwrite=False)
-                rows += batch.num_rows
-        return rows
+        batches, is_whole = _identities(snapshot, entry)
+        for batch in batches:
+            self._add_batch(txn, snapshot.table, batch)
+            rows += batch.num_rows
+        return rows, is_whole
+
+    def _add_batch(self, txn: lmdb.Transaction, table: Table, batch: Any) -> None:
+        epochs = {epoch: self._epoch_number(txn, epoch) for epoch in batch.column("epoch").unique().to_pylist()}
+        pack = PLACE.pack
+        places = [
+            pack(epochs[epoch], seq)
+            for epoch, seq in zip(
+                batch.column("epoch").to_pylist(), batch.column("stream_seq").to_pylist(), strict=True
+            )
+        ]
+        # Sorted, neighbours land on the same page: fewer pages are written.  The first position of a key stays: a
+        # later row of the same key is a repetition.
+        items = sorted((key, place + check_of(key, place)) for key, place in _items(table, batch, places))
+        with txn.cursor(db=self._shared.databases[table]) as cursor:
+            cursor.putmulti(items, overwrite=False)
 
     def _epoch_number(self, txn: lmdb.Transaction, epoch: str) -> int:
         # Read from the transaction, not from memory: what an aborted one had given out is not remembered.
-        known = _read_epochs(self._shared, txn)
+        known = read_epochs(self._shared, txn)
         for number, name in known.items():
             if name == epoch:
                 return number
         number = max(known, default=0) + 1
-        txn.put(_EPOCH_PREFIX + b"%d" % number, epoch.encode(), db=self._shared.meta)
+        txn.put(EPOCH_PREFIX + b"%d" % number, epoch.encode(), db=self._shared.meta)
         return number
 
-    def _stamp(self, txn: lmdb.Transaction, table: Table) -> _Stamp | None:
-        raw = txn.get(_stamp_key(table), db=self._shared.meta)
-        return None if raw is None else msgspec.msgpack.decode(raw, type=_Stamp)
+    def _stamp(self, txn: lmdb.Transaction, table: Table) -> Stamp | None:
+        return read_stamp(txn, self._shared.meta, table)
 
 
-def _stamp_key(table: Table) -> bytes:
-    return f"table:{table}".encode()
+def _identities(snapshot: Snapshot, entry: FileEntry) -> tuple[Iterator[Any], bool]:
+    """Returns the identities in a file, as Arrow batches, and whether they are all: of a damaged one what is sound."""
+    damage = find_damage(snapshot.directory, entry)
+    if damage is None:
+        return _whole_file(snapshot, entry), True
+    Quarantine(snapshot.directory).add(entry, damage)
+    if damage.groups is None:
+        return iter(()), False
+    found: list[Any] = []
+    groups = len(entry.checksums.parts) - 1 if entry.checksums else 0
+    for group in range(groups):
+        content = salvage_group(snapshot.table, snapshot.directory, entry, group)
+        if content is not None:
+            found.append(content)
+    return iter(found), len(found) == groups
+
+
+def _whole_file(snapshot: Snapshot, entry: FileEntry) -> Iterator[Any]:
+    with pq.ParquetFile(snapshot.directory / entry.path, page_checksum_verification=entry.checksums is None) as parquet:
+        yield from parquet.iter_batches(batch_size=65_536, columns=IDENTITY_COLUMNS[snapshot.table])
+
+
+def _readable_again(snapshot: Snapshot, skipped: Sequence[str]) -> list[str]:
+    """Returns the files that were damaged, and are in quarantine no more: put back in their place."""
+    if not skipped:
+        return []
+    damaged = Quarantine(snapshot.directory).files()
+    return [path for path in skipped if path in snapshot.files and path not in damaged]
 
 
 def _event_key(raw_id: bytes, namespace: str) -> bytes:
@@ -359,7 +438,7 @@ def _items(table: Table, batch: Any, places: Sequence[bytes]) -> list[tuple[byte
     ]
 
 
-def _files_since(snapshot: Snapshot, stamp: _Stamp) -> list[FileEntry] | None:
+def _files_since(snapshot: Snapshot, stamp: Stamp) -> list[FileEntry] | None:
     """Returns the files appended after a stamp; None when the stamp is not of this table's past."""
     if stamp.table_id != snapshot.table_id or stamp.version > snapshot.version:
         return None
@@ -379,75 +458,3 @@ def _files_since(snapshot: Snapshot, stamp: _Stamp) -> list[FileEntry] | None:
         return None
     live = [entry for entry in entries if entry.path in snapshot.files]
     return sorted(live, key=lambda entry: (entry.epoch, entry.min_seq))
-
-
-def _read_epochs(shared: _Environment, txn: lmdb.Transaction | None = None) -> dict[int, str]:
-    if txn is None:
-        with shared.env.begin() as own:
-            return _read_epochs(shared, own)
-    epochs: dict[int, str] = {}
-    with txn.cursor(db=shared.meta) as cursor:
-        if cursor.set_range(_EPOCH_PREFIX):
-            for item in cursor:
-                key, value = bytes(item[0]), bytes(item[1])
-                if not key.startswith(_EPOCH_PREFIX):
-                    break
-                epochs[int(key.removeprefix(_EPOCH_PREFIX))] = value.decode()
-    return epochs
-
-
-def _open_environment(root: Path) -> _Environment:
-    try:
-        return _try_open(root)
-    except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError) as error:
-        reason: Exception = error
-    except _ForeignIndexError as error:
-        reason = error
-    logger.warning(
-        "index is damaged or foreign, starting an empty one",
-        extra={"action": "index_discarded", "path": str(root), "error": str(reason)},
-    )
-    shutil.rmtree(root)
-    try:
-        return _try_open(root)
-    except (lmdb.Error, _ForeignIndexError) as error:
-        raise ConfigurationError(f"no index can be made in {root}: {error}", hint="check the disk") from error
-
-
-class _ForeignIndexError(Exception):
-    """The directory holds an LMDB file that is not an index of this format."""
-
-
-def _try_open(root: Path) -> _Environment:
-    root.mkdir(parents=True, exist_ok=True)
-    env = lmdb.open(
-        str(root), map_size=_map_bytes(root), max_dbs=8, metasync=False, sync=True, readahead=False, max_readers=512
-    )
-    try:
-        # Reading a mapped page that the file does not have is a bus error, which nothing can catch.
-        used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-        if (root / "data.mdb").stat().st_size < used:
-            raise _ForeignIndexError("the file is shorter than its own account of it")
-        meta = env.open_db(b"meta")
-        with env.begin(write=True) as txn:
-            found = txn.get(b"format", db=meta)
-            if found is None:
-                txn.put(b"format", FORMAT, db=meta)
-            elif found != FORMAT:
-                raise _ForeignIndexError(f"format is {found[:40]!r}, this release writes {FORMAT!r}")
-        databases: dict[Table, Any] = {table: env.open_db(name) for table, name in _DATABASES.items()}
-    except BaseException:
-        env.close()
-        raise
-    shared = _Environment(env, meta, databases, {}, threading.Lock())
-    shared.epochs.update(_read_epochs(shared))
-    return shared
-
-
-def _map_bytes(root: Path) -> int:
-    data = root / "data.mdb"
-    used = data.stat().st_size if data.exists() else 0
-    size = INITIAL_MAP_BYTES
-    while size < used * 2:
-        size *= 2
-    return size

@@ -7,12 +7,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from holdfast.lake.quarantine import problem_of
 from holdfast.lake.table import CommitReport, LakeTable, TableStatistics
 from holdfast.schemas.rows import TABLES, Anchor, Position, Row, Table
 
 if TYPE_CHECKING:
     from holdfast.lake.commit import TornCommit
+    from holdfast.lake.copies import Copies
     from holdfast.lake.log import FileEntry, Snapshot
+    from holdfast.schemas.problems import Problem
 
 
 class Lake:
@@ -25,6 +28,8 @@ class Lake:
 
     def __init__(self, path: Path, tables: dict[Table, LakeTable]) -> None:
         self.path = path
+        self.copies: Copies | None = None
+        """The copy of the lake, where there is one: set by whoever commits or purges."""
         self._tables = tables
 
     @classmethod
@@ -61,8 +66,11 @@ class Lake:
         return self._tables[table].refresh().watermark
 
     def durable_watermark(self, table: Table) -> Position | None:
-        """Returns the newest watermark after an fsync of the commit that carries it."""
-        return self._tables[table].durable_watermark()
+        """Returns the newest watermark after an fsync of the commit that carries it, and once the copy has it too."""
+        watermark = self._tables[table].durable_watermark()
+        if self.copies is not None:
+            self.copies.require(self._tables[table], self._tables[table].snapshot.version)
+        return watermark
 
     def anchors(self, table: Table, from_seq: int = 0, *, most: int | None = None) -> list[Anchor]:
         """Returns the anchors of the current epoch at or after a sequence, ascending."""
@@ -101,6 +109,14 @@ class Lake:
         commit where it is, raise the alarm and stay read-only.
         """
         self._tables[torn.table].set_aside(torn)
+
+    def problems(self) -> list[Problem]:
+        """Returns what is known to be damaged: cheap, since it reads records, and no data."""
+        return [
+            problem_of(table.directory, record)
+            for table in self._tables.values()
+            for record in table.quarantine.of(table.snapshot).values()
+        ]
 
     def close(self) -> None:
         """Forgets the tables."""

@@ -7,12 +7,18 @@ following the log commit by commit costs microseconds where reopening a table co
 
 A commit is *torn* when its file does not parse to the end: the machine lost power between its creation and the
 fsync, so nobody was told of it.  Only the last commit can be torn: every committer fsyncs its predecessor first.
+
+A flipped bit may leave a file that parses and says something else.  So every commit carries a digest of what it says,
+a copy of it is kept outside the log and stands in for it, and a checkpoint is believed only with its SHA-256
+(:mod:`holdfast.lake.log_copies`).  A damaged commit that has successors, no good copy and no newer checkpoint stops
+every reader: the set of files is never another one silently.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +27,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from holdfast.lake.log_copies import checkpoint_is_sound, digest_of, read_copy
 from holdfast.schemas.errors import IntegrityError
 from holdfast.schemas.rows import Anchor, Position, Table
 
@@ -32,11 +39,19 @@ _COMMIT_NAME: Final = re.compile(r"(\d{20})\.json\Z")
 _CHECKPOINT_NAME: Final = re.compile(r"(\d{20})\.checkpoint\.parquet\Z")
 
 
+class Checksums(msgspec.Struct, frozen=True):
+    """SHA-256 of a whole file; of each of its parts where it ends and its CRC-32
+    (:mod:`holdfast.lake.checksums`)."""
+
+    sha256: str
+    parts: tuple[tuple[int, int], ...]
+
+
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One live Parquet file of a table, as its add action describes it.
 
     ``contexts`` is how many rows bring a context of their own (of other tables: every row).  ``path`` is relative to
-    the table's directory.
+    the table's directory.  Files of earlier releases have no ``checksums``.
     """
 
     path: str
@@ -48,6 +63,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     min_seq: int
     max_seq: int
     modified_ms: int = 0
+    checksums: Checksums | None = None
 
 
 class Removal(msgspec.Struct, frozen=True):
@@ -141,11 +157,18 @@ class _Action(msgspec.Struct, rename="camel"):
     commit_info: dict[str, Any] | None = None
 
 
+class _OurStats(msgspec.Struct):
+    sha256: str
+    crc32: tuple[tuple[int, int], ...]
+
+
 class _Stats(msgspec.Struct, rename="camel"):
     num_records: int = 0
     min_values: dict[str, Any] = {}
     max_values: dict[str, Any] = {}
     null_count: dict[str, Any] = {}
+    # Of ours, beside what Delta defines: a reader of statistics passes over what it does not know.
+    holdfast: _OurStats | None = None
 
 
 _ACTION: Final = msgspec.json.Decoder(_Action)
@@ -163,19 +186,61 @@ def fingerprint_of(raw: bytes) -> bytes:
 
 
 def read_commit(directory: Path, version: int) -> Commit | None:
-    """Returns a commit, or None when there is none of that version; raises TornCommitError when it does not parse."""
+    """Returns a commit, or None when there is none of that version.
+
+    One that does not parse, or does not say what was written, is read from its copy; TornCommitError without one.
+    """
     path = commit_path(directory, version)
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
-        return _parse_commit(version, raw)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        commit = parse_commit(version, raw)
+        return commit if "sum" in commit.info else _unless_copy_says_more(directory, commit)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        copy = read_copy(directory, version)
+        if copy is not None:
+            try:
+                return parse_commit(version, copy)
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                pass  # damaged as well: told below
         raise TornCommitError(
             f"commit {path} with {len(raw)} bytes does not parse: {error}",
             hint="it was never acknowledged; run `holdfast up` or `holdfast verify` to have it set aside",
         ) from error
+
+
+def _unless_copy_says_more(directory: Path, commit: Commit) -> Commit:
+    """A commit without a digest is of an earlier release, or a flipped bit hid its digest: then its copy has one."""
+    copy = read_copy(directory, commit.version)
+    if copy is None or fingerprint_of(copy) == commit.fingerprint:
+        return commit
+    try:
+        copied = parse_commit(commit.version, copy)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return commit
+    return copied if "sum" in copied.info else commit
+
+
+def parse_commit(version: int, raw: bytes) -> Commit:
+    """Returns a commit of these bytes; raises ValueError or the like when they are not what was written."""
+    commit = _parse_commit(version, raw)
+    stated = commit.info.get("sum")
+    if stated is not None and stated != commit_digest(commit.adds, commit.removals, commit.transactions, commit.info):
+        raise ValueError("it does not say what was written")
+    return commit
+
+
+def commit_digest(
+    adds: Sequence[FileEntry],
+    removals: Sequence[Removal],
+    transactions: Sequence[Transaction],
+    info: dict[str, Any],
+) -> str:
+    """Returns the digest of what a commit says: all that is read of it."""
+    said = {name: value for name, value in info.items() if name != "sum"}
+    return digest_of([adds, removals, transactions, said])
 
 
 def _parse_commit(version: int, raw: bytes) -> Commit:
@@ -219,7 +284,15 @@ def _file_entry(add: _Add) -> FileEntry:
         min_seq=stats.min_values.get("stream_seq", 0),
         max_seq=stats.max_values.get("stream_seq", 0),
         modified_ms=add.modification_time,
+        checksums=None if stats.holdfast is None else Checksums(stats.holdfast.sha256, stats.holdfast.crc32),
     )
+
+
+def entry_of(
+    path: str, size: int, partition_values: dict[str, str | None], modification_time: int, stats: str
+) -> FileEntry:
+    """Returns what will be read of an add action that is about to be committed."""
+    return _file_entry(_Add(path, size, partition_values, modification_time, stats))
 
 
 def list_versions(directory: Path) -> list[int]:
@@ -253,9 +326,9 @@ def load_snapshot(table: Table, directory: Path) -> Snapshot | None:
     base: Snapshot | None = None
     for version in reversed(list_checkpoints(directory)):
         try:
-            base = _read_checkpoint(table, directory, version)
+            base = read_checkpoint(table, directory, version)
             break
-        except (pa.ArrowException, OSError, msgspec.MsgspecError, KeyError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, IntegrityError) as error:
             logger.warning(
                 "checkpoint cannot be read, using an earlier one",
                 extra={"action": "checkpoint_skipped", "table": table, "version": version, "error": str(error)},
@@ -264,6 +337,9 @@ def load_snapshot(table: Table, directory: Path) -> Snapshot | None:
         base = Snapshot(table, directory, -1, "", {}, {}, {}, b"")
     snapshot = _follow(base)
     if snapshot.version >= 0:
+        newest = list_versions(directory)[-1:]
+        if newest and newest[0] > snapshot.version + 1:
+            raise _broken_log(directory, snapshot.version + 1)
         return snapshot
     if list_versions(directory):
         raise IntegrityError(
@@ -288,13 +364,24 @@ def _follow(snapshot: Snapshot) -> Snapshot:
     while True:
         try:
             commit = read_commit(directory, snapshot.version + len(commits) + 1)
-        except TornCommitError:
+        except TornCommitError as error:
             # A commit file appears whole, by link: a torn one is from before the last start of the machine.
+            version = snapshot.version + len(commits) + 1
+            if commit_path(directory, version + 1).exists():
+                # Others have gone on from it: not torn, but damaged since.  Passed over, it would take rows with it.
+                raise _broken_log(directory, version) from error
             break
         if commit is None:
             break
         commits.append(commit)
     return apply(snapshot, commits) if commits else snapshot
+
+
+def _broken_log(directory: Path, version: int) -> IntegrityError:
+    return IntegrityError(
+        f"commit {commit_path(directory, version)} is damaged or missing, and later ones build on it",
+        hint="restore this file from a backup or from a copy of the lake; nothing is served from this table until then",
+    )
 
 
 def apply(snapshot: Snapshot, commits: list[Commit]) -> Snapshot:
@@ -317,8 +404,11 @@ def apply(snapshot: Snapshot, commits: list[Commit]) -> Snapshot:
     )
 
 
-def _read_checkpoint(table: Table, directory: Path, version: int) -> Snapshot:
+def read_checkpoint(table: Table, directory: Path, version: int) -> Snapshot:
+    """Returns the snapshot that a checkpoint holds; raises one of many kinds of errors when it cannot be read."""
     columns = ["add", "remove", "txn", "metaData"]
+    if not checkpoint_is_sound(directory, version, checkpoint_path(directory, version)):
+        raise IntegrityError("it is not what was written", hint="an earlier one and the commits since say the same")
     content = pq.read_table(checkpoint_path(directory, version), columns=columns)
     adds: list[dict[str, Any]] = content.column("add").drop_null().to_pylist()
     removes: list[dict[str, Any]] = content.column("remove").drop_null().to_pylist()

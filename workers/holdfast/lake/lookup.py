@@ -2,28 +2,35 @@
 
 Index → (epoch, sequence) → the file whose range holds it → the row group whose Parquet statistics hold it → that
 group, decoded.  Files stay open with their footers, a bounded number of them; a batch reads each row group once.
+
+Each time a row group is read its checksum is compared, and the footer's when a file is opened: damage is told as
+DamagedError for the rows concerned, recorded (:mod:`holdfast.lake.quarantine`), and everything else is served.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from holdfast.lake.checksums import Damage, damage_of_parts, part_is_sound, readable, seq_ranges, whole_damage
 from holdfast.lake.columns import to_rows
+from holdfast.lake.index_environment import IndexDamagedError
 from holdfast.lake.joints import assemble
 from holdfast.lake.manifests import check_size, decode_manifest, join, require_chunks
-from holdfast.schemas.errors import DigestMismatchError, IntegrityError, UnavailableError
+from holdfast.lake.quarantine import Quarantine, damaged_error
+from holdfast.schemas.errors import DigestMismatchError, IntegrityError
 from holdfast.schemas.refs import Digest, compute_digest
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Position, Row, Table
 
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
     from holdfast.lake.index import EventKey, LakeIndex, VersionKey
     from holdfast.lake.lake import Lake
     from holdfast.lake.log import FileEntry, Snapshot
+
+K = TypeVar("K")
 
 OPEN_FILES: Final = 64
 """How many files are kept open.  A footer of 125 row groups takes ~0.5 MB of memory."""
@@ -88,11 +97,7 @@ class Lookup:
 
     def _stored(self, digests: Iterable[Digest], groups: _Groups) -> dict[Digest, ContextRow]:
         """Returns rows as they are stored, checked but for those that name others."""
-        wanted = list(dict.fromkeys(digests))
-        positions = self._index.find_contexts(wanted)
-        if len(positions) < len(wanted):
-            self._index.refresh(self._lake)
-            positions = self._index.find_contexts(wanted)
+        positions = self._find("contexts", list(dict.fromkeys(digests)), self._index.find_contexts)
         rows = self._read("contexts", positions.values(), groups)
         found: dict[Digest, ContextRow] = {}
         for digest, position in positions.items():
@@ -103,23 +108,41 @@ class Lookup:
 
     def get_events(self, keys: Iterable[EventKey]) -> dict[EventKey, EventRow]:
         """Returns the events of these (namespace, id), of those that the lake holds."""
-        wanted = list(dict.fromkeys(keys))
-        positions = self._index.find_events(wanted)
-        if len(positions) < len(wanted):
-            self._index.refresh(self._lake)
-            positions = self._index.find_events(wanted)
+        positions = self._find("events", list(dict.fromkeys(keys)), self._index.find_events)
         rows = self._read("events", positions.values())
-        return {key: cast(EventRow, rows[position]) for key, position in positions.items()}
+        found = {key: cast(EventRow, rows[position]) for key, position in positions.items()}
+        for key, row in found.items():
+            self._require_same("events", key, (row.namespace, row.id), positions[key])
+        return found
 
     def get_key_versions(self, keys: Iterable[VersionKey]) -> dict[VersionKey, KeyVersionRow]:
         """Returns the versions of these (namespace, key, version), of those that the lake holds."""
-        wanted = list(dict.fromkeys(keys))
-        positions = self._index.find_key_versions(wanted)
+        positions = self._find("key_versions", list(dict.fromkeys(keys)), self._index.find_key_versions)
+        rows = self._read("key_versions", positions.values())
+        found = {key: cast(KeyVersionRow, rows[position]) for key, position in positions.items()}
+        for key, row in found.items():
+            self._require_same("key_versions", key, (row.namespace, row.key, row.version), positions[key])
+        return found
+
+    def _find(self, table: Table, wanted: list[K], find: Callable[[list[K]], dict[K, Position]]) -> dict[K, Position]:
+        """Returns the positions of what the lake holds; raises DamagedError when damage hides whether it does."""
+        try:
+            positions = find(wanted)
+        except IndexDamagedError:
+            positions = {}  # the refresh builds it anew
         if len(positions) < len(wanted):
             self._index.refresh(self._lake)
-            positions = self._index.find_key_versions(wanted)
-        rows = self._read("key_versions", positions.values())
-        return {key: cast(KeyVersionRow, rows[position]) for key, position in positions.items()}
+            positions = find(wanted)
+        if len(positions) < len(wanted):
+            self._index.require_complete(self._lake.snapshot(table))
+        return positions
+
+    def _require_same(self, table: Table, key: object, actual: object, position: Position) -> None:
+        if key != actual:
+            raise IntegrityError(
+                f"row {position.epoch}/{position.seq} of {table} is {actual}, where the index names {key}",
+                hint="run holdfast verify; if it finds nothing, delete the index directory",
+            )
 
     def get_body(self, digest: Digest) -> tuple[ContextRow, bytes] | None:
         """Returns a context's row and its whole body, chunks joined and the digest verified; None if not here.
@@ -174,10 +197,16 @@ class Lookup:
                 self._lake.refresh(table)
             try:
                 rows = self._read_from(self._file_map(table), wanted, groups or _Groups())
-            except FileNotFoundError as error:
-                # Compacted and vacuumed under us: the newest version names another file.
-                reason = f"{error.filename or error} is missing"
-                continue
+            except FoundDamageError as found:
+                # Compacted and vacuumed under us, the newest version names another file.
+                self._lake.refresh(table)
+                snapshot = self._lake.snapshot(table)
+                self._files.drop(snapshot.directory / found.entry.path)
+                if found.entry.path not in snapshot.files:
+                    reason = found.damage.describe()
+                    continue
+                Quarantine(snapshot.directory).add(found.entry, found.damage)
+                raise damaged_error(snapshot.directory, found.damage) from found
             if len(rows) == len(wanted):
                 return rows
             missing = next(position for position in wanted if position not in rows)
@@ -193,12 +222,12 @@ class Lookup:
         for position in wanted:
             for entry in files.candidates(position):
                 entries[entry.path] = entry
-                for group in self._files.get(files.directory / entry.path).groups_of(position.seq):
+                for group in self._files.get(files.directory, entry).groups_of(position.seq):
                     by_group[entry.path, group].append(position.seq)
         rows: dict[Position, Row] = {}
         for (path, group), seqs in sorted(by_group.items()):
             file = files.directory / path
-            content = _with_seqs(groups.get(self._files.get(file), file, group), seqs)
+            content = _with_seqs(groups.get(self._files.get(files.directory, entries[path]), file, group), seqs)
             for row in to_rows(files.table, content):
                 position = Position(row.epoch, row.seq)
                 if position in wanted:
@@ -245,46 +274,77 @@ class _FileMap(NamedTuple):
         return found
 
 
-@contextmanager
-def _readable(path: Path) -> Generator[None]:
-    """Translates what Arrow raises on a file: damage and a disk that does not answer are told apart."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        if getattr(error, "errno", None) is not None:
-            raise UnavailableError(f"{path} cannot be read: {error}", hint="check the disk") from error
-        raise IntegrityError(
-            f"{path} is damaged: {error}", hint="run holdfast verify; restore the file from a backup"
-        ) from error
+class FoundDamageError(Exception):
+    """A file is damaged: which, and how.  Told to the caller as DamagedError, if the file is still in use."""
+
+    def __init__(self, entry: FileEntry, damage: Damage) -> None:
+        super().__init__(damage.what)
+        self.entry = entry
+        self.damage = damage
 
 
 class _OpenFile:
     """One Parquet file with its footer, and the sequence range of each row group."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with _readable(path):
-            self._parquet: Any = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+    def __init__(self, directory: Path, entry: FileEntry) -> None:
+        self._directory = directory
+        self._entry = entry
+        self._path = path = directory / entry.path
         self._lock = threading.Lock()
-        metadata = self._parquet.metadata
-        column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).name == "stream_seq")
-        groups = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]
-        self._starts: list[int] = [group.min for group in groups]
-        self._ends: list[int] = [group.max for group in groups]
+        checksums = entry.checksums
+        try:
+            # One descriptor to compare, another for Arrow to read: of the same file, also when it is healed in place.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._close_descriptor = weakref.finalize(self, os.close, self._descriptor)
+            size = os.fstat(self._descriptor).st_size
+            if size != entry.size_bytes:
+                what = f"the file has {size} bytes, the log says {entry.size_bytes}"
+                raise FoundDamageError(entry, whole_damage(entry, what))
+            if checksums is not None and not part_is_sound(self._descriptor, checksums, len(checksums.parts) - 1):
+                raise FoundDamageError(entry, damage_of_parts(directory, entry, [len(checksums.parts) - 1]))
+            with readable(path):
+                # With checksums of our own those of the pages say nothing more, and cost as much.
+                self._parquet: Any = pq.ParquetFile(
+                    path, pre_buffer=False, page_checksum_verification=checksums is None
+                )
+                if path.stat().st_ino != os.fstat(self._descriptor).st_ino:
+                    raise IntegrityError("the file was exchanged while it was opened", hint="read it again")
+        except FileNotFoundError as error:
+            raise FoundDamageError(entry, whole_damage(entry, "the file is missing")) from error
+        except IntegrityError as error:
+            raise FoundDamageError(entry, whole_damage(entry, error.message)) from error
+        self._ranges = seq_ranges(self._parquet.metadata)
+        self._starts: list[int] = [span.first_seq for span in self._ranges]
+        self._ends: list[int] = [span.last_seq for span in self._ranges]
 
     def groups_of(self, seq: int) -> list[int]:
         group = bisect_left(self._ends, seq)
         return [group] if group < len(self._ends) and self._starts[group] <= seq else []
 
     def read(self, group: int) -> Any:
-        with self._lock, _readable(self._path):
-            return self._parquet.read_row_group(group, use_threads=False)
+        checksums = self._entry.checksums
+        with self._lock:
+            try:
+                if checksums is not None and not part_is_sound(self._descriptor, checksums, group):
+                    raise FoundDamageError(self._entry, damage_of_parts(self._directory, self._entry, [group]))
+                with readable(self._path):
+                    return self._parquet.read_row_group(group, use_threads=False)
+            except FileNotFoundError as error:
+                raise FoundDamageError(self._entry, whole_damage(self._entry, "the file is missing")) from error
+            except IntegrityError as error:
+                damage = Damage(
+                    path=self._entry.path,
+                    what=error.message,
+                    epoch=self._entry.epoch,
+                    groups=(group,),
+                    ranges=(self._ranges[group],),
+                )
+                raise FoundDamageError(self._entry, damage) from error
 
     def close(self) -> None:
         with self._lock:
             self._parquet.close()
+            self._close_descriptor()
 
 
 def _with_seqs(content: Any, seqs: Sequence[int]) -> Any:
@@ -317,17 +377,22 @@ class _OpenFiles:
         self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, path: Path) -> _OpenFile:
+    def get(self, directory: Path, entry: FileEntry) -> _OpenFile:
+        path = directory / entry.path
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = self._files[path] = _OpenFile(path)
+                file = self._files[path] = _OpenFile(directory, entry)
                 # Dropped, not closed: another thread may be reading it; it closes when the last one is done.
                 if len(self._files) > self._limit:
                     self._files.popitem(last=False)
             else:
                 self._files.move_to_end(path)
             return file
+
+    def drop(self, path: Path) -> None:
+        with self._lock:
+            self._files.pop(path, None)
 
     def close(self) -> None:
         with self._lock:

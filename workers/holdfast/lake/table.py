@@ -22,8 +22,9 @@ from holdfast.lake.commit import (
     set_torn_aside,
     write_checkpoint,
 )
-from holdfast.lake.log import FileEntry, Snapshot, follow, load_snapshot, read_commit
-from holdfast.lake.writer import WrittenFile, remove_files, write_rows
+from holdfast.lake.log import FileEntry, Snapshot, follow, list_checkpoints, load_snapshot, read_commit
+from holdfast.lake.quarantine import Quarantine
+from holdfast.lake.writer import WrittenFile, remove_files, require_kept, write_rows
 from holdfast.schemas.errors import DataDirectoryError, FenceError, UnavailableError
 from holdfast.schemas.rows import Anchor, Position, Row, Table
 
@@ -60,8 +61,10 @@ class LakeTable:
     def __init__(self, name: Table, directory: Path, snapshot: Snapshot) -> None:
         self.name: Table = name
         self.directory = directory
+        self.quarantine = Quarantine(directory)
         self._snapshot = snapshot
         self._lock = threading.RLock()
+        self._checkpointed = 0
 
     @classmethod
     def open(cls, name: Table, directory: Path, *, create: bool = False) -> LakeTable:
@@ -170,7 +173,7 @@ class LakeTable:
             self._expected(self.refresh(), epoch, first_seq)
             written = write_rows(self.name, self.directory, _within(rows, first_seq, last_seq), epoch=epoch)
             version = self._commit_append(written, epoch, first_seq, last_seq, anchors)
-            if version % CHECKPOINT_INTERVAL == 0 and self._snapshot.version == version:
+            if self._snapshot.version == version and self._checkpoint_is_due(version):
                 write_checkpoint(self._snapshot)
         return CommitReport(
             table=self.name,
@@ -180,6 +183,17 @@ class LakeTable:
             files=len(written),
             bytes=sum(file.entry.size_bytes for file in written),
         )
+
+    def _checkpoint_is_due(self, version: int) -> bool:
+        """Whether the last checkpoint is an interval ago: the commit that was to write it may have been another
+        process's, which merges, or was killed right after it."""
+        if version - self._checkpointed < CHECKPOINT_INTERVAL:
+            return False
+        self._checkpointed = max(list_checkpoints(self.directory), default=0)
+        if version - self._checkpointed < CHECKPOINT_INTERVAL:
+            return False
+        self._checkpointed = version  # or tried, which is not tried again with every commit
+        return True
 
     def _expected(self, snapshot: Snapshot, epoch: str, first_seq: int) -> int | None:
         """Returns the ``txn`` version that a run starting at ``first_seq`` continues; raises FenceError if none."""
@@ -208,21 +222,26 @@ class LakeTable:
             "anchors": [[anchor.seq, anchor.stored_at_ms, anchor.identity] for anchor in anchors],
         }
         adds = [file.add_action() for file in written]
-        try:
-            return self.commit(
-                lambda snapshot: Change(
-                    action="append",
-                    app_id=f"{self.name}/{epoch}",
-                    version=last_seq,
-                    expected=self._expected(snapshot, epoch, first_seq),
-                    adds=adds,
-                    info=info,
-                )
+
+        def change(snapshot: Snapshot) -> Change:
+            expected = self._expected(snapshot, epoch, first_seq)
+            require_kept(snapshot, (file.entry for file in written))
+            return Change(
+                action="append",
+                app_id=f"{self.name}/{epoch}",
+                version=last_seq,
+                expected=expected,
+                adds=adds,
+                info=info,
             )
+
+        try:
+            return self.commit(change)
         except (FenceError, UnavailableError):
             # Known not to be committed.  After any other error that is not known: the files stay, and are removed
             # as orphans if the log turns out not to name them.
-            remove_files(self.directory, (file.entry for file in written))
+            known = self.refresh().files
+            remove_files(self.directory, (file.entry for file in written if file.entry.path not in known))
             raise
 
     def commit(self, make_change: ChangeMaker) -> int:

@@ -1,4 +1,4 @@
-"""Checks a lake at rest: every file, every count, every digest, every watermark.
+"""Checks a lake at rest: every file, every checksum, every count, every digest, every watermark, every log file.
 
 Reads everything once and changes nothing.  Run it while nothing vacuums; appends meanwhile do no harm.
 """
@@ -16,11 +16,24 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from holdfast.lake import quarantine
+from holdfast.lake.checksums import Damage, find_damage, sha256_of, whole_damage
 from holdfast.lake.columns import stored_body, to_rows
 from holdfast.lake.joints import assemble
 from holdfast.lake.lake import Lake
-from holdfast.lake.log import FileEntry, Snapshot, list_versions, read_commit
+from holdfast.lake.log import (
+    FileEntry,
+    Snapshot,
+    checkpoint_path,
+    commit_path,
+    list_checkpoints,
+    list_versions,
+    read_commit,
+)
+from holdfast.lake.log_copies import checkpoint_is_sound
+from holdfast.lake.log_repair import differing_commits
 from holdfast.lake.manifests import check_manifests
+from holdfast.lake.salvage import name_rows
 from holdfast.lake.views import quote, view_statements
 from holdfast.schemas import limits
 from holdfast.schemas.errors import HoldfastError, IntegrityError
@@ -45,14 +58,25 @@ class LakeReport(msgspec.Struct, frozen=True, kw_only=True):
         return not self.violations
 
 
-def verify_lake(path: str | Path) -> LakeReport:
-    """Checks a whole lake; raises DataDirectoryError when there is none."""
-    lake = Lake.open(path)
+def verify_lake(path: str | Path, *, deep: bool = False) -> LakeReport:
+    """Checks a whole lake; raises DataDirectoryError when there is none.
+
+    ``deep`` also compares the SHA-256 of every file, where CRC-32 says that it is sound.
+    """
+    root = Path(path).absolute()
     checked: Counter[str] = Counter()
-    violations: list[Problem] = []
+    try:
+        lake = Lake.open(root)
+    except IntegrityError as error:
+        # A log that cannot be followed: nothing else can be said of the lake.
+        problem = Problem(
+            invariant="I5", object=str(root), what=error.message, next_step=error.hint or "restore it from a backup"
+        )
+        return LakeReport(checked=dict(checked), violations=[problem, *_check_log_files(root, checked)])
+    violations: list[Problem] = [*_check_log_files(root, checked)]
     for table in TABLES:
         snapshot = lake.snapshot(table)
-        checks = [_check_log(lake, snapshot, checked), _check_files(snapshot, checked)]
+        checks = [_check_log(lake, snapshot, checked), _check_files(snapshot, checked, deep=deep)]
         for check in checks:
             violations.extend(_bounded(check))
     # Identities and joined bodies are asked of DuckDB: it reads the same files by other code.
@@ -73,6 +97,29 @@ def _bounded(check: Iterable[Problem]) -> Iterator[Problem]:
         yield Problem(
             invariant="I1", object="lake", what=f"{further} more of the same kind", next_step="see those listed"
         )
+
+
+def _check_log_files(root: Path, checked: Counter[str]) -> Iterator[Problem]:
+    """I5: every log file is byte for byte what was written, as its successor, its copy or its checksum says."""
+    for table in TABLES:
+        directory = root / table
+        for version, what in differing_commits(directory):
+            yield Problem(
+                invariant="I5",
+                object=str(commit_path(directory, version)),
+                what=what,
+                next_step="start holdfast up: it mends the commit from its copy, if that is sound",
+            )
+        for version in list_checkpoints(directory):
+            checked["checkpoints"] += 1
+            path = checkpoint_path(directory, version)
+            if not checkpoint_is_sound(directory, version, path):
+                yield Problem(
+                    invariant="I5",
+                    object=str(path),
+                    what="the checkpoint is not what was written",
+                    next_step="start holdfast up: it sets it aside; an earlier one and the commits say the same",
+                )
 
 
 def _check_log(lake: Lake, snapshot: Snapshot, checked: Counter[str]) -> Iterator[Problem]:
@@ -107,11 +154,19 @@ def _check_log(lake: Lake, snapshot: Snapshot, checked: Counter[str]) -> Iterato
         last_seqs[epoch] = last
 
 
-def _check_files(snapshot: Snapshot, checked: Counter[str]) -> Iterator[Problem]:
+def _check_files(snapshot: Snapshot, checked: Counter[str], *, deep: bool) -> Iterator[Problem]:
     """I1, I4: every file is there, whole, and holds what the log says; no sequence twice, none past a watermark."""
     spans: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for entry in sorted(snapshot.files.values(), key=lambda entry: (entry.epoch, entry.min_seq)):
         checked["files"] += 1
+        damage = _find_damage(snapshot, entry, checked, deep=deep)
+        if damage is not None:
+            rows = name_rows(snapshot.table, snapshot.directory, entry, damage)
+            what = damage.describe() + (f" ({', '.join(rows)})" if rows else "")
+            yield Problem(
+                invariant="I4", object=str(snapshot.directory / entry.path), what=what, next_step=quarantine.HINT
+            )
+            continue
         try:
             yield from _check_file(snapshot, entry, checked)
         except (OSError, pa.ArrowException, IntegrityError) as error:
@@ -120,6 +175,15 @@ def _check_files(snapshot: Snapshot, checked: Counter[str]) -> Iterator[Problem]
         spans[entry.epoch].append((entry.min_seq, entry.max_seq, entry.path))
     for epoch, ranges in spans.items():
         yield from _check_overlaps(snapshot, epoch, ranges)
+
+
+def _find_damage(snapshot: Snapshot, entry: FileEntry, checked: Counter[str], *, deep: bool) -> Damage | None:
+    damage = find_damage(snapshot.directory, entry, again=True)
+    if entry.checksums is not None:
+        checked["checksums"] += 1
+        if deep and damage is None and sha256_of(snapshot.directory / entry.path) != entry.checksums.sha256:
+            return whole_damage(entry, "its SHA-256 is not what was written")
+    return damage
 
 
 def _file_violation(snapshot: Snapshot, entry: FileEntry, what: str, invariant: str = "I1") -> Problem:

@@ -23,7 +23,7 @@ TIMESTAMP in UTC, ids are UUID.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -178,18 +178,24 @@ def quote(text: str) -> str:
 
 
 def view_statements(
-    snapshots: Iterable[Snapshot], *, temporary: bool, tails: dict[Table, str] | None = None
+    snapshots: Iterable[Snapshot],
+    *,
+    temporary: bool,
+    tails: dict[Table, str] | None = None,
+    damaged: Mapping[Table, Mapping[str, str]] | None = None,
 ) -> Iterator[str]:
     """Yields the statements that make, or replace, all views over some snapshots; the first time over all of them.
 
-    ``tails`` names, for each table, a relation of the same columns whose rows are shown as well.
+    ``tails`` names, for each table, a relation of the same columns whose rows are shown as well.  ``damaged`` says, of
+    files that must not be read, what is wrong with them: a statement that may concern their rows fails with those
+    words, one that is narrowed to other days does not.
     """
     create = "CREATE OR REPLACE TEMP VIEW" if temporary else "CREATE OR REPLACE VIEW"
     macro = "CREATE OR REPLACE TEMP MACRO" if temporary else "CREATE OR REPLACE MACRO"
     is_any = False
     for snapshot in snapshots:
         tail = (tails or {}).get(snapshot.table)
-        rows = _stored_rows(snapshot, tail)
+        rows = _stored_rows(snapshot, tail, (damaged or {}).get(snapshot.table, {}))
         if snapshot.table == "events":
             rows = _EVENTS.format(rows=rows)
         yield f"{create} {STORED[snapshot.table]} AS {rows}"
@@ -206,20 +212,31 @@ def view_statements(
         yield f"{macro} get_context_stats() AS TABLE {_STATS.format(now=_NOW)}"
 
 
-def _stored_rows(snapshot: Snapshot, tail: str | None) -> str:
+def _stored_rows(snapshot: Snapshot, tail: str | None, damaged: Mapping[str, str]) -> str:
     # The empty first branch gives every column its name, place and type, whatever the files are: none at all, or
     # files of an earlier release that lack a column.
     branches = [f"SELECT {_typed_nulls(snapshot.table)} WHERE false"]
-    if snapshot.files:
-        branches.append(f"SELECT * FROM {file_scan(snapshot)}")  # noqa: S608  quoted paths
+    if len(snapshot.files) > len(damaged):
+        branches.append(f"SELECT * FROM {file_scan(snapshot, damaged)}")  # noqa: S608  quoted paths
+    branches += [_failing_branch(snapshot, path, what) for path, what in sorted(damaged.items())]
     if tail is not None:
         branches.append(f"SELECT *, CAST(stored_at AS DATE) AS day FROM {tail}")  # noqa: S608  our own name
     return "\nUNION ALL BY NAME ".join(branches)
 
 
-def file_scan(snapshot: Snapshot) -> str:
-    """Returns a table function call that reads exactly the files of a snapshot; there is at least one."""
-    paths = sorted(snapshot.files)
+def _failing_branch(snapshot: Snapshot, path: str, what: str) -> str:
+    """A row of a file that must not be read: whoever comes to it is told so.  Its day is known, and is narrowed by."""
+    failing = f"error({quote(what)})"
+    columns = [f'CAST({failing} AS {_sql_type(column.type)}) AS "{column.name}"' for column in COLUMNS[snapshot.table]]
+    day = snapshot.files[path].day
+    columns.append(f"CAST({quote(day)} AS DATE) AS day")
+    # From a range, or it would be worked out, and fail, while the statement is planned.
+    return f"SELECT {', '.join(columns)} FROM range(1) WHERE {failing} IS NULL"  # noqa: S608  quoted values
+
+
+def file_scan(snapshot: Snapshot, without: Container[str] = ()) -> str:
+    """Returns a table function call that reads exactly the files of a snapshot but some; there is at least one."""
+    paths = sorted(path for path in snapshot.files if path not in without)
     listed = ", ".join(quote(escape_glob(f"{snapshot.directory}/{path}")) for path in paths)
     return f"read_parquet([{listed}], hive_partitioning = true, hive_types = {{'day': DATE}}, union_by_name = true)"
 

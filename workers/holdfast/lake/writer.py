@@ -18,6 +18,7 @@ import msgspec
 import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
+from holdfast.lake.checksums import compute_checksums
 from holdfast.lake.columns import (
     BODY_BYTES_PER_GROUP,
     COMPACTED_ROWS_PER_GROUP,
@@ -29,8 +30,8 @@ from holdfast.lake.columns import (
     to_batch,
 )
 from holdfast.lake.files import fsync_directory, make_directory
-from holdfast.lake.log import FileEntry
-from holdfast.schemas.errors import IntegrityError
+from holdfast.lake.log import Checksums, FileEntry, Snapshot
+from holdfast.schemas.errors import FenceError, IntegrityError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import iso_from_ms, now_ms
 from holdfast.schemas.rows import ContextRow, Row, Table
@@ -48,6 +49,7 @@ class WrittenFile(msgspec.Struct, frozen=True, kw_only=True):
     entry: FileEntry
     min_stored_ms: int
     max_stored_ms: int
+    checksums: Checksums
 
     def add_action(self, *, data_change: bool = True) -> AddAction:
         """Returns the action that makes the file part of the table."""
@@ -65,6 +67,7 @@ class WrittenFile(msgspec.Struct, frozen=True, kw_only=True):
                 "stored_at": iso_from_ms(self.max_stored_ms).removesuffix("Z"),
             },
             "nullCount": {"stream_seq": 0, "created_at": entry.rows - entry.contexts},
+            "holdfast": {"sha256": self.checksums.sha256, "crc32": self.checksums.parts},
         }
         return AddAction(
             path=entry.path,
@@ -143,34 +146,45 @@ class FileWriter:
         os.fsync(self._sink.fileno())
         self._sink.close()
         failpoint("lake.after_parquet_fsync")
-        self._verify()
         partition = self._directory / f"day={self._day}"
-        make_directory(partition)
-        failpoint("lake.before_rename")
-        # The name is a fresh UUID, so the rename replaces nothing.
-        self._placed = self._temporary.rename(partition / self._name)
-        fsync_directory(partition)
-        failpoint("lake.after_rename")
+        try:
+            checksums = self._verify()
+            make_directory(partition)
+            failpoint("lake.before_rename")
+            # The name is a fresh UUID, so the rename replaces nothing.
+            self._placed = self._temporary.rename(partition / self._name)
+            fsync_directory(partition)
+            # Another process may have made the partition, and died before its name was durable.
+            fsync_directory(self._directory)
+            failpoint("lake.after_rename")
+            size_bytes = self._placed.stat().st_size
+        except FileNotFoundError as error:
+            # Who is stopped for a day over a file finds it removed as an orphan.
+            raise FenceError(
+                f"{self._temporary} was removed before it was finished", hint="nothing was committed; write it again"
+            ) from error
         entry = FileEntry(
             path=f"day={self._day}/{self._name}",
             day=self._day,
-            size_bytes=self._placed.stat().st_size,
+            size_bytes=size_bytes,
             rows=self._rows,
             contexts=self._contexts,
             epoch=self._epoch,
             min_seq=self._seqs[0],
             max_seq=self._seqs[1],
             modified_ms=now_ms(),
+            checksums=checksums,
         )
-        return WrittenFile(entry=entry, min_stored_ms=self._times[0], max_stored_ms=self._times[1])
+        return WrittenFile(entry=entry, min_stored_ms=self._times[0], max_stored_ms=self._times[1], checksums=checksums)
 
-    def _verify(self) -> None:
+    def _verify(self) -> Checksums:
         found: int = pq.read_metadata(self._temporary).num_rows
         if found != self._rows:
             raise IntegrityError(
                 f"{self._temporary} holds {found} rows, {self._rows} were written",
                 hint="check the disk; nothing was committed",
             )
+        return compute_checksums(self._temporary)
 
     def discard(self) -> None:
         """Removes the file, wherever it is by now; it must not have been committed."""
@@ -245,6 +259,20 @@ class _Partition:
     def finish(self) -> WrittenFile:
         self._flush()
         return self.writer.finish()
+
+
+def require_kept(snapshot: Snapshot, entries: Iterable[FileEntry]) -> None:
+    """Raises FenceError when files that are about to be committed were removed as orphans meanwhile.
+
+    To be called with the snapshot that the commit goes on top of.  Whoever removes a file says so in the log before
+    (:mod:`holdfast.lake.orphans`); one that was said to be removed so long ago that the log has forgotten it is gone.
+    """
+    for entry in entries:
+        if entry.path in snapshot.removals or not (snapshot.directory / entry.path).exists():
+            raise FenceError(
+                f"{snapshot.directory / entry.path} was removed before it was committed",
+                hint="nothing was committed; write its rows again",
+            )
 
 
 def remove_files(directory: Path, entries: Iterable[FileEntry]) -> None:

@@ -9,7 +9,7 @@ import msgspec
 
 from holdfast.lake.joints import to_joint
 from holdfast.schemas import limits
-from holdfast.schemas.errors import ConflictError, HoldfastError
+from holdfast.schemas.errors import ConflictError, HoldfastError, UnavailableError
 from holdfast.schemas.rows import Anchor, ContextRow, EventRow, KeyVersionRow, Row, Table
 from holdfast.streams.decode import decode_context, decode_event, decode_key_version
 from holdfast.streams.hot import NewContext
@@ -210,3 +210,11 @@ def _carries_server_time(row: Row) -> bool:
 
 def _content(row: Row) -> Row:
     return msgspec.structs.replace(row, seq=0, epoch="", stored_at_ms=0)
+
+
+def lake_unavailable(error: OSError) -> HoldfastError:
+    """Returns what to tell when the operating system refuses to write the lake."""
+    return UnavailableError(
+        f"the lake cannot be written: {error.strerror or error}",
+        hint="free space or mend the disk; what is acknowledged stays in the streams meanwhile",
+    )

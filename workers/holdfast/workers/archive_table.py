@@ -27,13 +27,14 @@ import msgspec
 from holdfast.lake.columns import to_batch
 from holdfast.lake.lookup import Lookup
 from holdfast.schemas import limits
-from holdfast.schemas.errors import GapError, HoldfastError, IntegrityError, InvalidFieldError, RetryError
+from holdfast.schemas.errors import FenceError, GapError, HoldfastError, IntegrityError, InvalidFieldError, RetryError
 from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Position, Row, Table
 from holdfast.streams.dead import bury
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import StreamInfo, begin_epoch, mark_heads_archived, stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
+from holdfast.workers.alarms import end_alarms, raise_alarm, read_alarms
 from holdfast.workers.archive_plan import (
     DecodedRun,
     Rejected,
@@ -46,8 +47,10 @@ from holdfast.workers.archive_plan import (
     key_of,
     same_content,
 )
+from holdfast.workers.lost_heads import restore_heads
 from holdfast.workers.manifest_check import ManifestChecker
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, check_anchors
+from holdfast.workers.stream_marks import StreamMarks, lost_since, newest_mark
 
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
@@ -85,7 +88,7 @@ class TableArchiver:
     """Archives one stream.  One cycle at a time; the caller sees to that.
 
     ``problem`` is set while archiving of this stream is stopped, ``purge_problem`` while its purging is; both say what
-    to do.  ``alarms`` tell what was lost, until this process ends or the loss is accepted.  ``archived_seq`` and
+    to do.  ``alarms`` tell what was lost, until the loss is accepted: they outlive this process.  ``archived_seq`` and
     ``mark`` are the watermark as of the last cycle.
     """
 
@@ -105,6 +108,7 @@ class TableArchiver:
         self.problem: Problem | None = None
         self.purge_problem: Problem | None = None
         self.alarms: list[Problem] = []
+        self._alarms_read = False
         self.mark: Position | None = None
         self._connection = connection
         self._hot = hot
@@ -116,6 +120,7 @@ class TableArchiver:
         self._checked_reconnects = -1
         self._read_bytes = READ_BYTES
         self.archived_seq = 0
+        self._marks = StreamMarks(lake.path)
 
     async def watermark(self) -> Position | None:
         """Returns the newest archived position."""
@@ -155,10 +160,12 @@ class TableArchiver:
                     anchors=anchors_of(rows),
                 )
             )
-        except BaseException:
+        except BaseException as error:
             # Whatever went wrong, the next cycle begins where the lake says.
             self._reader = None
             await reader.close()
+            if isinstance(error, GapError):
+                await self._raise_overtaken(info, first_seq)
             raise
         self.archived_seq = last_seq
         self.mark = Position(info.epoch, last_seq)
@@ -185,6 +192,7 @@ class TableArchiver:
         finally:
             await reader.close()
         found = messages[0].seq if messages else info.last_seq + 1
+        await self._in_thread(lambda: end_alarms(self._lake.path, self.stream))
         self.alarms.clear()
         if found <= first_seq:
             return None
@@ -209,17 +217,34 @@ class TableArchiver:
             await self._reader.close()
         await self._in_thread(self._manifests.close)
 
+    async def _raise_overtaken(self, info: StreamInfo, first_seq: int) -> None:
+        """Raises FenceError when another archiver has archived what is missing here, and purged it: no gap then."""
+        watermark = await self.watermark()
+        if watermark is not None and watermark.epoch == info.epoch and watermark.seq >= first_seq:
+            raise FenceError(
+                f"{self.stream} was archived up to {watermark.seq} by another archiver, and purged",
+                hint="the cycle begins anew at the watermark",
+            )
+
     async def _checked(self) -> StreamInfo:
         """Checks once for each connection that the stream still is what the lake remembers of it."""
+        if not self._alarms_read:
+            known = await self._in_thread(lambda: read_alarms(self._lake.path))
+            self.alarms = [alarm for alarm in known if alarm.object == self.stream]
+            self._alarms_read = True
         info = await stream_info(self._connection, self.stream)
         if self._checked_reconnects == self._connection.reconnects:
             return info
         reconnects = self._connection.reconnects
         watermark = await self.watermark()
+        # Once more, after the watermark: another archiver may have archived what came after the first look, and a
+        # stream that ends before its watermark has lost something.
+        info = await stream_info(self._connection, self.stream)
+        await self._compare_mark(info, watermark)
         if watermark is not None and watermark.epoch == info.epoch:
             info = await self._continued(info, watermark)
         elif info.first_seq > info.epoch_start and info.last_seq:
-            self._alarm(
+            await self._alarm(
                 f"{info.name} begins at sequence {info.first_seq}, and the lake holds nothing of what stood before",
                 "is the lake's directory the right one? Then what was purged is lost: 'holdfast accept-gap' says so",
             )
@@ -232,6 +257,24 @@ class TableArchiver:
         await self._restart()
         self._checked_reconnects = reconnects
         return info
+
+    async def note_end(self, info: StreamInfo) -> None:
+        """Remembers how far the stream reaches, durably, once it was found to be what the lake remembers."""
+        if self._checked_reconnects == self._connection.reconnects:
+            mark = await newest_mark(self._connection, info, self._marks.get(self.stream))
+            if mark is not None:
+                await self._in_thread(lambda: self._marks.put(self.stream, mark))
+
+    async def _compare_mark(self, info: StreamInfo, watermark: Position | None) -> None:
+        may_be_trimmed = self.table == "key_versions"
+        mark = await self._in_thread(lambda: self._marks.get(self.stream))
+        what = await lost_since(self._connection, info, mark, watermark, may_be_trimmed=may_be_trimmed)
+        if what is not None:
+            await self._alarm(
+                f"{info.name} lost messages: {what}",
+                "what is in the lake is safe, and archiving goes on; check the server's disk and its durability mode. "
+                "Producers may still hold what they sent; 'holdfast accept-gap' ends the alarm",
+            )
 
     async def _continued(self, info: StreamInfo, watermark: Position) -> StreamInfo:
         """Returns the stream's state when it still is what the lake remembers, or that of the epoch begun anew.
@@ -248,12 +291,13 @@ class TableArchiver:
             what = f"it ends at sequence {info.last_seq}, {watermark.seq} was archived"
         except DivergedError as error:
             what = error.message
-        self._alarm(
+        await self._alarm(
             f"{info.name} lost messages: {what}",
             "what is in the lake is safe; acknowledged messages that were not archived yet may be lost. Check the "
             "server's disk and its durability mode; 'holdfast accept-gap' ends the alarm",
         )
         await self._tell_of_lost_heads()
+        info = await stream_info(self._connection, self.stream)
         start = await self._first_unarchived(info)
         info = await begin_epoch(self._connection, self.stream, start)
         if start > 1:
@@ -263,9 +307,14 @@ class TableArchiver:
         return info
 
     async def _tell_of_lost_heads(self) -> None:
-        """Tells clients that keys may have versions in the lake which the stream has not; before the lake goes on."""
+        """Tells clients that keys may have versions in the lake which the stream has not, and puts the newest back.
+
+        Before the lake goes on, and before anything else: until then, whoever writes, or has heard it otherwise a
+        moment ago, gives a number again that is taken.
+        """
         if self.table == "key_versions":
             await mark_heads_archived(self._connection)
+            await restore_heads(self._connection, self._lake, self._index, self._executor)
 
     async def _first_unarchived(self, info: StreamInfo) -> int:
         """Returns the first sequence whose message the lake does not hold, wherever it stood when it was archived."""
@@ -290,10 +339,13 @@ class TableArchiver:
                 return message.seq
         return None
 
-    def _alarm(self, what: str, next_step: str) -> None:
-        if all(alarm.what != what for alarm in self.alarms):
+    async def _alarm(self, what: str, next_step: str) -> None:
+        """Raises an alarm, durably: what follows makes the stream look well again, and this process may end."""
+        alarm = Problem(invariant="I1", object=self.stream, what=what, next_step=next_step)
+        if alarm not in self.alarms:
             logger.error("messages were lost", extra={"action": "lost", "stream": self.stream, "what": what})
-            self.alarms.append(Problem(invariant="I1", object=self.stream, what=what, next_step=next_step))
+            await self._in_thread(lambda: raise_alarm(self._lake.path, alarm))
+            self.alarms.append(alarm)
 
     async def _restart(self) -> None:
         """The next cycle begins where the lake says."""

@@ -32,6 +32,8 @@ from holdfast.schemas.rows import TABLES, Table
 from holdfast.streams.service import Call, Handler, decode_request, serve
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
+from holdfast.streams.write_probe import require_writing
+from holdfast.workers.archive_plan import lake_unavailable
 from holdfast.workers.archive_table import TableArchiver, problem_of
 from holdfast.workers.archiver_lock import set_torn_commits_aside, take_lock
 from holdfast.workers.control import (
@@ -49,6 +51,7 @@ from holdfast.workers.control import (
     TrimReport,
     TrimRequest,
 )
+from holdfast.workers.lake_copy import keep_copy
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, purge_archived
 from holdfast.workers.trim import Trimmed, Trimmer
 from holdfast.workers.waiting import wait_for_event
@@ -71,6 +74,10 @@ _TRIM_PAUSE_S: Final = 5.0
 """Between rounds of trimming while there is more to trim than one round does."""
 
 _BACKOFF_S: Final = 2.0
+
+_MOST_FENCED: Final = 10
+"""How often an archiver may lose to another one without that one having got any further."""
+
 _MAX_AGE_S: Final = 315_360_000.0
 
 # Events first: archiving one may store its inline context, which then is archived in the same round.
@@ -100,6 +107,7 @@ class Archiver:
         self._next_purge = 0.0
         self._next_trim = 0.0
         self._stopping = False
+        self._copy_problem: Problem | None = None
 
     def counters(self) -> dict[str, int]:
         """What was done since the start, as ``<table>_<count>``."""
@@ -116,7 +124,7 @@ class Archiver:
             for archiver in self._tables.values()
             for problem in (archiver.problem, archiver.purge_problem, *archiver.alarms)
             if problem is not None
-        ]
+        ] + ([] if self._copy_problem is None else [self._copy_problem])
 
     async def run(self) -> None:
         """Archives a round whenever messages have waited for ``archive_interval_s``, or a full commit waits.
@@ -205,7 +213,12 @@ class Archiver:
             tables[archiver.table] = TableStatus(
                 epoch=info.epoch, watermark=seq, last_seq=info.last_seq, lag=max(0, info.last_seq - seq)
             )
-        return ArchiverStatus(tables=tables, problems=self.problems(), counters=self.counters())
+        return ArchiverStatus(
+            tables=tables,
+            problems=self.problems(),
+            counters=self.counters(),
+            archive_interval_s=self._settings.archive_interval_s,
+        )
 
     async def accept_gap(self, table: Table) -> dict[str, object]:
         """Gives up the messages missing at the archiver's position in a stream, for good, and says which."""
@@ -231,6 +244,7 @@ class Archiver:
                 self._note(archiver, error)
                 continue
             await self._archive_up_to(archiver, info.last_seq)
+        self._copy_problem = await self._in_thread(lambda: keep_copy(self._lake))
         try:
             await self._in_thread(self._views.update)
         except (HoldfastError, OSError):
@@ -245,23 +259,25 @@ class Archiver:
 
     async def _archive_up_to(self, archiver: TableArchiver, target: int) -> None:
         """Archives until the target is reached; notes an error as the stream's problem and returns."""
-        fenced = 0
+        fenced, fenced_at = 0, archiver.mark
         while True:
             try:
                 done = await archiver.cycle(limit=self._settings.archive_rows, up_to=target)
             except FenceError:
-                # Another archiver was faster.  Once is its good right; for ever, without a commit between, would be a
-                # fault of ours.
+                # Another archiver was faster.  That is its good right, as often as it gets further by it; again and
+                # again at one place would be a fault of ours.
                 archiver.counters.fenced += 1
-                fenced += 1
-                if fenced > 10:
+                stands_at = await archiver.watermark()
+                fenced = fenced + 1 if stands_at == fenced_at else 1
+                fenced_at = stands_at
+                if fenced > _MOST_FENCED:
                     raise
                 continue
             except HoldfastError as error:
                 self._note(archiver, error)
                 return
             except OSError as error:
-                self._note(archiver, _lake_unavailable(error))
+                self._note(archiver, lake_unavailable(error))
                 return
             archiver.problem = None
             fenced = 0
@@ -331,6 +347,7 @@ class Archiver:
     async def _guarded(self, archiver: TableArchiver, take_away: Callable[[], Awaitable[T]]) -> T:
         """Notes what keeps a stream from being purged as its problem, and raises it."""
         try:
+            await require_writing(self._connection)
             outcome = await take_away()
         except HoldfastError as error:
             if archiver.problem is None:
@@ -365,7 +382,8 @@ class Archiver:
         for archiver in self._tables.values():
             try:
                 info = await stream_info(self._connection, archiver.stream)
-            except HoldfastError:
+                await archiver.note_end(info)
+            except (HoldfastError, OSError):
                 return True  # the round tells the problem
             if info.last_seq - archiver.archived_seq >= self._settings.archive_rows:
                 return True
@@ -465,10 +483,3 @@ def _raise_lost(archiver: TableArchiver) -> None:
         raise UnavailableError(
             f"nothing is purged from {archiver.stream}: {archiver.problem.what}", hint=archiver.problem.next_step
         )
-
-
-def _lake_unavailable(error: OSError) -> HoldfastError:
-    return UnavailableError(
-        f"the lake cannot be written: {error.strerror or error}",
-        hint="free space or mend the disk; what is acknowledged stays in the streams meanwhile",
-    )

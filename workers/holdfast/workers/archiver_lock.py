@@ -36,7 +36,10 @@ async def set_torn_commits_aside(connection: Connection, lake: Lake) -> None:
     """
     for torn in await asyncio.to_thread(lake.torn_commits):
         info = await stream_info(connection, STREAM_OF_TABLE[torn.table])
-        archived = 0 if torn.earlier is None or torn.earlier.epoch != info.epoch else torn.earlier.seq
+        # What stands before the beginning of an epoch is archived as part of an earlier one, and may be purged.
+        archived = info.epoch_start - 1
+        if torn.earlier is not None and torn.earlier.epoch == info.epoch:
+            archived = torn.earlier.seq
         if info.first_seq > archived + 1:
             raise GapError(
                 f"the last commit of {torn.table} is torn, and {info.name} no longer holds what it was of "

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from holdfast.client.cold import error_of
-from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas.errors import UnavailableError, UnknownOutcomeError
 from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import Table
 from holdfast.streams.service import ErrorReply
@@ -94,11 +94,12 @@ class TableStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArchiverStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the active archiver says of itself."""
+    """What the active archiver says of itself.  ``archive_interval_s``: how long a message may wait for it."""
 
     tables: dict[Table, TableStatus]
     problems: list[Problem]
     counters: dict[str, int]
+    archive_interval_s: float = 0.0
 
 
 _ERROR: Final = msgspec.json.Decoder(ErrorReply)
@@ -149,6 +150,12 @@ async def _call(
         raise UnavailableError(
             f"no {worker} answers on this server",
             hint=f"start one with 'holdfast up' or 'holdfast worker {worker}'",
+        ) from error
+    except UnknownOutcomeError as error:
+        raise UnknownOutcomeError(
+            f"the {worker} has not answered within {timeout_s:g} s",
+            hint=f"see whether its process is stopped, hangs or is far behind, and its log; when it has ended, "
+            f"'holdfast up' or 'holdfast worker {worker}' starts another",
         ) from error
     if reply.headers and H_SERVICE_ERROR in reply.headers:
         raise error_of(_ERROR.decode(reply.data).error)

@@ -24,9 +24,9 @@ from holdfast.streams.decode import KeyVersionBody, decode_key_version
 from holdfast.streams.key_log import KeyLog
 from holdfast.streams.publish import WRONG_LAST_SEQUENCE, Outgoing, Refused, publish
 from holdfast.streams.pull import StreamReader
-from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
 from holdfast.streams.server_clock import ServerClock
 from holdfast.streams.service import Call, decode_request, serve
+from holdfast.streams.storing import store_with_retry
 from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, H_MSG_ID, KEYS_STREAM, message_id, parse_key_subject
 from holdfast.workers.control import CLEANUP_SUBJECT, CleanupReport, Empty
 from holdfast.workers.waiting import wait_for_event
@@ -196,7 +196,7 @@ class Janitor:
         headers = {H_EXPECT_SUBJECT_SEQ: str(expected), H_MSG_ID: message_id(version.namespace, event_id)}
         message = Outgoing(subject, headers, msgspec.json.encode(body))
         try:
-            await call_with_retry(lambda: self._publish(message), deadline_s=WRITE_DEADLINE_S)
+            await store_with_retry(self._connection, KEYS_STREAM, lambda: self._publish(message))
         except Refused:
             head = await self._log.head(*parse_key_subject(subject))
             if after_seq is None and head.row is not None and head.row.seq == version.seq:

@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 ANCHORS_READ: Final = 200
 """Newest anchors taken from the log for a check: reading all of a day's commits each minute would cost seconds."""
 
+SETTLED_S: Final = 600.0
+"""Of a replicated stream, the newest message older than this stays, and all that are younger.  A node syncs the log of
+its group for each acknowledgement, but the stream's own files only when it takes a snapshot of the group, every three
+minutes.  When everything up to the last snapshot has been purged since, and the power of all nodes fails, each of them
+finds less in its files than the snapshot says, waits for a leader to send it the rest, and there never is one (seen
+with nats-server 2.15.1).  This is more than three times as long as two snapshots are apart."""
+
 _ANCHORS_CHECKED: Final = 8
 """Anchors looked at in one check: the newest, where a lost tail shows first, and some spread over the rest."""
 
@@ -53,12 +60,17 @@ async def check_anchors(connection: Connection, table: Table, info: StreamInfo, 
                 found = f"an undecodable message ({error.code})"
             if found == anchor.identity and message.stored_at_ms == anchor.stored_at_ms:
                 continue
-        if table == "key_versions" and message is None:
-            continue  # a superseded version may have been trimmed
+        if message is None and (table == "key_versions" or await _purged_since(connection, info, anchor.seq)):
+            continue  # a superseded version may have been trimmed, and another archiver may purge at the same time
         raise DivergedError(
             f"stream {info.name} holds {found} at sequence {anchor.seq}, where {anchor.identity} was archived",
             hint="the stream lost its tail and went on; nothing is purged until it was compared with the lake anew",
         )
+
+
+async def _purged_since(connection: Connection, info: StreamInfo, seq: int) -> bool:
+    now = await stream_info(connection, info.name)
+    return now.epoch == info.epoch and seq < now.first_seq
 
 
 async def purge_archived(
@@ -73,6 +85,7 @@ async def purge_archived(
 ) -> tuple[int, StreamInfo]:
     """Purges what is archived and old, or over the count; returns how many messages went and the stream's state after.
 
+    Of a replicated stream the newest settled message stays, see ``SETTLED_S``.
     Of the event log, up to ``handler_bytes`` are kept longer for consumers that have not come to them yet.
     ``watermark`` must be durable, and not older than ``anchors``.  Raises DivergedError, purging nothing, when the
     stream is not what was archived.
@@ -92,6 +105,11 @@ async def purge_archived(
     )
     if below is None:
         return 0, info
+    if info.replicas > 1:
+        first_unsettled = await first_seq_since(connection, stream, now_ms() - int(SETTLED_S * 1000))
+        below = min(below, (info.last_seq + 1 if first_unsettled is None else first_unsettled) - 1)
+        if below <= info.first_seq:
+            return 0, info
     await check_anchors(connection, table, info, anchors)
     if table == "events":
         below = await hold_back(connection, info, below, most_bytes=handler_bytes)

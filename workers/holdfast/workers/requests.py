@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -93,6 +93,12 @@ class QueryRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     originator: _Id | None = None
     receipts: bool = False
     fields: list[str] | None = None
+
+
+class MetricsRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Asks for the metrics, as JSON or as the text that Prometheus reads."""
+
+    format: Literal["json", "prometheus"] = "json"
 
 
 class ChainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -27,11 +27,16 @@ from holdfast.streams.tail import open_tail
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import H_CREATED, H_DIGEST, H_END, KEYS_STREAM
 from holdfast.workers.contexts import ColdReader, ContextReader, Found
+from holdfast.workers.exposition import CONTENT_TYPE, render_json, render_text
+from holdfast.workers.health import collect_health
 from holdfast.workers.interning import InlineContexts
 from holdfast.workers.key_reader import ColdKeys
+from holdfast.workers.metrics import collect_metrics
+from holdfast.workers.picture import Observer
 from holdfast.workers.requests import (
     EVENT_FIELDS,
     EventsReply,
+    MetricsRequest,
     PutRequest,
     QueryRequest,
     ResolveBatchRequest,
@@ -49,7 +54,7 @@ from holdfast.workers.resolver_receipts import ReceiptEndpoints
 from holdfast.workers.resolver_snapshots import SnapshotEndpoints
 from holdfast.workers.resolver_warm import WarmEndpoints
 from holdfast.workers.sql_runner import SqlRunner
-from holdfast.workers.state import collect_health, collect_stats, count_live
+from holdfast.workers.state import collect_stats, count_live
 
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
@@ -74,6 +79,7 @@ _BATCH: Final = msgspec.json.Decoder(ResolveBatchRequest)
 _PUT: Final = msgspec.json.Decoder(PutRequest)
 _QUERY: Final = msgspec.json.Decoder(QueryRequest)
 _FETCH: Final = msgspec.json.Decoder(FetchRequest)
+_METRICS: Final = msgspec.json.Decoder(MetricsRequest)
 _EMPTY: Final = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -88,7 +94,9 @@ class Resolver:
         cold: ColdReader,
         sql: SqlRunner,
         inline: InlineContexts,
+        observer: Observer,
     ) -> None:
+        self._observer = observer
         self._connection = connection
         self._hot = hot
         self._lake = lake
@@ -107,6 +115,7 @@ class Resolver:
             "query": self.query,
             "stats": self.stats,
             "health": self.health,
+            "metrics": self.metrics,
             "fetch": self.fetch,
         }
         return {name: (f"ctx.*.{name}", handler) for name, handler in handlers.items()}
@@ -208,7 +217,16 @@ class Resolver:
     async def health(self, call: Call) -> None:
         """``{"ok", "problems": [{"invariant", "object", "what", "next_step"}], "lag"}``."""
         _ = decode_request(call.data, _EMPTY)
-        await call.reply(msgspec.json.encode(await collect_health(self._connection, self._lake)))
+        await call.reply(msgspec.json.encode(await collect_health(self._observer)))
+
+    async def metrics(self, call: Call) -> None:
+        """``{"format"?: "json" | "prometheus"}`` → ``{"metrics": […]}``, or the text that Prometheus reads."""
+        request: MetricsRequest = decode_request(call.data, _METRICS)
+        found = await collect_metrics(self._observer)
+        if request.format == "prometheus":
+            await call.reply(render_text(found).encode(), {"Content-Type": CONTENT_TYPE})
+        else:
+            await call.reply(msgspec.json.encode({"metrics": render_json(found)}))
 
     async def fetch(self, call: Call) -> None:
         """``{"digests"}`` → a message for each stored form that was found, then one with ``Hf-End``.
@@ -264,7 +282,9 @@ async def run_resolver(
         cold = ColdReader(lake, index)
         stack.push_async_callback(cold.close)
         inline = InlineContexts(connection, hot)
-        resolver = Resolver(connection, hot, lake, cold, sql, inline)
+        observer = Observer(connection, lake)
+        stack.push_async_callback(observer.close)
+        resolver = Resolver(connection, hot, lake, cold, sql, inline, observer)
         cold_keys = ColdKeys(lake, index)
         stack.push_async_callback(cold_keys.close)
         info = await stream_info(connection, KEYS_STREAM)

@@ -50,8 +50,28 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     day or so of a busy system.  A handler left behind further reads what it missed from the lake."""
 
     replicas: int = 1
-    """Copies of each stream in a cluster."""
+    """Copies of each stream, each on another node of a cluster.  Streams that have fewer get the rest; none is taken
+    away."""
 
     accept_lost_streams: bool = False
     """Whether a stream that the lake holds a cursor for, and that is gone, may be created anew: for an operator who
     knows that what it held beyond the lake is lost."""
+
+    scrub_interval_s: float = 86_400.0
+    """How often the janitor reads every file of the lake again and compares it with its checksums."""
+
+    scrub_bytes_per_s: int = 32 * 1024 * 1024
+    """How much of it is read in a second: a quarter of a slow disk."""
+
+    copy_directory: Path | None = None
+    """Where a second copy of the lake is kept, on another disk; None keeps none.  Nothing is purged from the streams
+    before the copy has it."""
+
+    backup_directory: Path | None = None
+    """Where the janitor makes backups; None makes none."""
+
+    backup_interval_s: float = 21_600.0
+    """How often a backup is begun: every six hours."""
+
+    backup_retention_s: float = 2_592_000.0
+    """How long backups are kept: thirty days, and the newest one always."""

@@ -1,29 +1,25 @@
-"""What the whole system holds and how it fares, collected for ``stats`` and ``health``."""
+"""What the whole system holds, collected for ``stats``."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.schemas.errors import HoldfastError
+from holdfast.lake.scrub import scrub_progress
 from holdfast.schemas.ids import iso_from_ms
-from holdfast.schemas.problems import Problem
-from holdfast.schemas.rows import TABLES, Position, Table
+from holdfast.schemas.rows import TABLES, Table
 from holdfast.streams.topology import StreamInfo, stream_info
 from holdfast.streams.wire import DEAD_STREAM, STREAM_OF_TABLE
-from holdfast.workers.control import archiver_status
 from holdfast.workers.handler_floors import stats_of_handlers
+from holdfast.workers.picture import archived_seq, lag_of
 
 if TYPE_CHECKING:
     from holdfast.lake.duck import Connection as LakeConnection
     from holdfast.lake.lake import Lake
     from holdfast.streams.connection import Connection
-
-LAG_MESSAGES: Final = 200_000
-"""A backlog over this is a problem to be told: four full commits."""
 
 
 class LiveCounts(msgspec.Struct, frozen=True):
@@ -56,7 +52,7 @@ def count_live(lake: LakeConnection) -> LiveCounts:
 async def collect_stats(
     connection: Connection, lake: Lake, counts: Callable[[], Awaitable[LiveCounts]]
 ) -> dict[str, Any]:
-    """Returns ``{"hot", "contexts", "events", "keys", "lake", "watermarks", "handlers", "dead"}``.
+    """Returns ``{"hot", "contexts", "events", "keys", "lake", "watermarks", "handlers", "dead", "scrub"}``.
 
     Each count is exact when asked for, of all namespaces.  ``hot`` and ``lake`` say what each tier holds, and much is
     in both; ``contexts`` counts once: ``archived``, and ``unarchived`` messages, of which a large body has several.
@@ -69,7 +65,7 @@ async def collect_stats(
     marks = await asyncio.to_thread(lambda: {table: lake.watermark(table) for table in TABLES})
     tables = await asyncio.to_thread(lambda: {table: lake.statistics(table) for table in TABLES})
     live = await counts()
-    unarchived = _lag(infos["contexts"], marks["contexts"])
+    unarchived = lag_of(infos["contexts"], marks["contexts"])
     return {
         "hot": {"contexts": infos["contexts"].messages, "bytes": infos["contexts"].bytes},
         "contexts": {
@@ -79,7 +75,7 @@ async def collect_stats(
         },
         "events": {
             "total": live.events,
-            "unarchived": _lag(infos["events"], marks["events"]),
+            "unarchived": lag_of(infos["events"], marks["events"]),
             "agents": live.agents,
             "correlations": live.correlations,
             "sessions": live.sessions,
@@ -98,73 +94,13 @@ async def collect_stats(
         "watermarks": {
             table: {
                 "epoch": infos[table].epoch,
-                "seq": _archived(infos[table], marks[table]),
+                "seq": archived_seq(infos[table], marks[table]),
                 "last_seq": infos[table].last_seq,
-                "lag": _lag(infos[table], marks[table]),
+                "lag": lag_of(infos[table], marks[table]),
             }
             for table in TABLES
         },
         "handlers": await stats_of_handlers(connection),
         "dead": dead.messages,
+        "scrub": await asyncio.to_thread(scrub_progress, lake),
     }
-
-
-async def collect_health(connection: Connection, lake: Lake) -> dict[str, Any]:
-    """Returns ``{"ok", "problems", "lag"}``: each problem with the invariant it breaks and the next step to take."""
-    problems: list[Problem] = []
-    lag: dict[str, int] = {}
-    try:
-        status = await archiver_status(connection)
-        problems.extend(status.problems)
-    except HoldfastError as error:
-        problems.append(
-            Problem(
-                invariant="I8",
-                object="archiver",
-                what=error.message,
-                next_step=error.hint or "start one with 'holdfast worker archiver'",
-            )
-        )
-    for table in TABLES:
-        try:
-            info = await stream_info(connection, STREAM_OF_TABLE[table])
-            mark = await asyncio.to_thread(lake.watermark, table)
-        except HoldfastError as error:
-            problems.append(
-                Problem(
-                    invariant="I1",
-                    object=STREAM_OF_TABLE[table],
-                    what=error.message,
-                    next_step=error.hint or "see the server's log",
-                )
-            )
-            continue
-        lag[table] = _lag(info, mark)
-        if lag[table] > LAG_MESSAGES:
-            problems.append(
-                Problem(
-                    invariant="I8",
-                    object=info.name,
-                    what=f"{lag[table]} messages are not archived yet",
-                    next_step="is the archiver running, and does its disk keep up? Nothing is lost meanwhile",
-                )
-            )
-    torn = await asyncio.to_thread(lake.torn_commits)
-    problems.extend(
-        Problem(
-            invariant="I5",
-            object=f"lake/{item.table}",
-            what="the last commit file is torn",
-            next_step="restart the archiver: it sets the commit aside and archives its rows again",
-        )
-        for item in torn
-    )
-    return {"ok": not problems, "problems": [msgspec.structs.asdict(problem) for problem in problems], "lag": lag}
-
-
-def _archived(info: StreamInfo, mark: Position | None) -> int:
-    return mark.seq if mark is not None and mark.epoch == info.epoch else max(0, info.first_seq - 1)
-
-
-def _lag(info: StreamInfo, mark: Position | None) -> int:
-    return max(0, info.last_seq - _archived(info, mark))

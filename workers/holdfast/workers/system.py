@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from holdfast.client.cold import cold_chunks
+from holdfast.lake.copies import Copies
 from holdfast.lake.index import LakeIndex
 from holdfast.lake.lake import Lake
 from holdfast.schemas.errors import DataDirectoryError
@@ -26,11 +27,14 @@ from holdfast.streams.hot import HotTier
 from holdfast.streams.topology import StreamInfo, ensure_topology, mark_heads_archived
 from holdfast.streams.wire import HOT_STREAM, KEYS_STREAM, STREAM_OF_TABLE
 from holdfast.workers.archiver import Archiver, run_archiver
+from holdfast.workers.backup.schedule import BackupSchedule
 from holdfast.workers.compactor import Compactor
 from holdfast.workers.index_directory import claim_index_directory
 from holdfast.workers.ingester import Ingester
 from holdfast.workers.janitor import run_janitor
+from holdfast.workers.reports import answer_reports
 from holdfast.workers.resolver import run_resolver
+from holdfast.workers.scrubber import Scrubber
 from holdfast.workers.settings import WORKERS, WorkerName, WorkerSettings
 
 if TYPE_CHECKING:
@@ -116,13 +120,14 @@ async def run_workers(
         hot = HotTier(connection, replicas=streams[HOT_STREAM].replicas, cold=cold_chunks(connection))
         stack.push_async_callback(hot.close)
         workers = RunningWorkers(connection)
+        await stack.enter_async_context(answer_reports(connection, workers.counters))
         for name in WORKERS:
             if name not in names:
                 continue
             if name == "ingester":
                 await _start_ingester(stack, workers, hot)
             elif name == "janitor":
-                await _start_janitor(stack, workers)
+                await _start_janitor(stack, workers, settings)
             elif lake is not None and index is not None:
                 # Each has a view of its own: a commit under way holds the archiver's for as long as it takes.
                 if name == "archiver":
@@ -138,6 +143,8 @@ async def run_workers(
 async def _open_lake(stack: AsyncExitStack, settings: WorkerSettings) -> tuple[Lake, LakeIndex]:
     def open_both() -> tuple[Lake, LakeIndex]:
         lake = Lake.open(settings.lake, create=True)
+        if settings.copy_directory is not None:
+            lake.copies = Copies(lake.path, settings.copy_directory)
         directory, claim = claim_index_directory(settings.index)
         stack.callback(os.close, claim)
         return lake, LakeIndex.open(directory)
@@ -180,9 +187,24 @@ async def _start_ingester(stack: AsyncExitStack, workers: RunningWorkers, hot: H
     stack.push_async_callback(workers.drain, "ingester")
 
 
-async def _start_janitor(stack: AsyncExitStack, workers: RunningWorkers) -> None:
+async def _start_janitor(stack: AsyncExitStack, workers: RunningWorkers, settings: WorkerSettings) -> None:
     janitor = await stack.enter_async_context(run_janitor(workers.connection))
-    workers.start("janitor", janitor.run(), lambda: msgspec.structs.asdict(janitor.counters))
+    schedule = BackupSchedule(workers.connection, settings) if settings.backup_directory is not None else None
+    copies = None if settings.copy_directory is None else Copies(settings.lake, settings.copy_directory)
+    scrubber = Scrubber(workers.connection, settings, copies)
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(janitor.run())
+            group.create_task(scrubber.run())
+            if schedule is not None:
+                group.create_task(schedule.run())
+
+    def counters() -> dict[str, Any]:
+        own = msgspec.structs.asdict(janitor.counters) | scrubber.counters()
+        return own if schedule is None else own | schedule.counters()
+
+    workers.start("janitor", run(), counters)
     stack.push_async_callback(workers.drain, "janitor")
 
 

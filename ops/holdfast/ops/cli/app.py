@@ -11,6 +11,7 @@ import typer
 
 from holdfast.ops.cli import (
     archive_commands,
+    backup_commands,
     checkpoint_commands,
     context_commands,
     dead_commands,
@@ -33,6 +34,7 @@ from holdfast.ops.cli import (
     snapshot_commands,
     sql_command,
     status_commands,
+    torture_command,
     verify_command,
 )
 from holdfast.ops.cli.invocation import Invocation, command
@@ -105,7 +107,9 @@ for _module in (
     dead_commands,
     encryption_commands,
     checkpoint_commands,
+    backup_commands,
     verify_command,
+    torture_command,
 ):
     _module.register(app)
 

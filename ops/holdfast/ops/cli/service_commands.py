@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Final, Literal, cast, get_args
 
 import typer
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
             "holdfast up",
             "holdfast up --data ./data --port 4222 --json",
             "holdfast up --nats-url nats://host:4222   (workers here, server there)",
+            "holdfast up --nats-url nats://a:4222,nats://b:4222,nats://c:4222 --replicas 3",
         ),
         quiet=False,
         uvloop=True,
@@ -50,9 +51,15 @@ async def up(
     monitor_port: Annotated[
         int | None, typer.Option("--monitor-port", help="Its monitoring port (a free one).")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Serve GET /metrics on this port of 127.0.0.1 (0: a free one).")
+    ] = None,
     durability: Annotated[
         Literal["durable", "fast"] | None,
         typer.Option("--durability", help="Sync to disk before each acknowledgement, or let the system decide?"),
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", help="Copies of each stream, on nodes of a cluster (1).")
     ] = None,
     accept_lost_streams: Annotated[
         bool,
@@ -65,15 +72,26 @@ async def up(
     workers in reverse order of their start, then the server. A second one ends it at once; nothing acknowledged is
     lost.
     """
-    invocation.add_flags({"port": port, "monitor_port": monitor_port, "durability": durability})
+    invocation.add_flags({"port": port, "monitor_port": monitor_port, "durability": durability, "replicas": replicas})
     loaded = invocation.loaded
     from holdfast.ops.serving import serve_up
 
-    async with stop_signals() as stop, serve_up(loaded, accept_lost_streams=accept_lost_streams) as serving:
+    async with AsyncExitStack() as stack:
+        stop = await stack.enter_async_context(stop_signals())
+        serving = await stack.enter_async_context(serve_up(loaded, accept_lost_streams=accept_lost_streams))
+        metrics_url = None
+        if metrics_port is not None:
+            from holdfast.ops.metrics_http import HOST, serve_metrics
+
+            port_served = await stack.enter_async_context(serve_metrics(serving.target, metrics_port))
+            metrics_url = f"http://{HOST}:{port_served}/metrics"
         if invocation.json:
-            output.write_json({"ready": True, "nats_url": serving.target.url, "data": str(serving.data)})
+            ready = {"ready": True, "nats_url": serving.target.url, "data": str(serving.data)}
+            output.write_json(ready if metrics_url is None else {**ready, "metrics_url": metrics_url})
         else:
             _greet(serving.target.url, str(serving.data), embedded=serving.embedded)
+            if metrics_url is not None:
+                output.write_line(f"  metrics  {metrics_url}")
         output.flush()
         await stop.wait()
     return exit_codes.OK
@@ -82,6 +100,9 @@ async def up(
 async def worker(
     invocation: Invocation,
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(WORKERS)}.")],
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", help="Copies of each stream, on nodes of a cluster (1).")
+    ] = None,
 ) -> int:
     """Run one worker against a running server, until SIGTERM or Ctrl-C.
 
@@ -91,6 +112,7 @@ async def worker(
     if name not in get_args(WorkerName):
         raise InvalidFieldError(f"there is no worker {name[:40]!r}", field="name", hint=f"one of {', '.join(WORKERS)}")
     chosen = cast(WorkerName, name)
+    invocation.add_flags({"replicas": replicas})
     loaded = invocation.loaded
     from holdfast.ops.serving import serve_worker
 

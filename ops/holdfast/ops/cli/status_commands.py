@@ -1,4 +1,4 @@
-"""``holdfast stats``, ``health`` and ``config``."""
+"""``holdfast stats``, ``health``, ``metrics`` and ``config``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands."""
     command(app, "stats", examples=("holdfast stats", "holdfast stats --json | jq .hot.contexts"))(stats)
     command(app, "health", examples=("holdfast health", "holdfast health --json || systemctl status holdfast"))(health)
+    command(app, "metrics", examples=("holdfast metrics", "holdfast metrics --json | jq '.metrics[].name'"))(metrics)
     command(app, "config", examples=("holdfast config", "holdfast config --data ./data --json"))(config)
 
 
@@ -54,9 +55,10 @@ async def health(invocation: Invocation) -> int:
     The exit status is 5 when one is broken or in danger, 3 when nobody answers.
     """
     from holdfast.ops.system import open_system
+    from holdfast.workers.settings import WORKERS
 
     loaded = invocation.loaded
-    async with open_system(loaded, ("archiver", "resolver")) as system, system.connect(loaded.settings.namespace) as hf:
+    async with open_system(loaded, WORKERS) as system, system.connect(loaded.settings.namespace) as hf:
         answer = await hf.health()
         if system.embedded:
             output.remark("nothing was running: server and workers were started for this answer alone")
@@ -70,6 +72,27 @@ async def health(invocation: Invocation) -> int:
             output.write_line(f"{problem['invariant']}  {problem['object']}: {problem['what']}")
             output.write_line(f"    next: {problem['next_step']}")
     return exit_codes.OK if answer["ok"] else exit_codes.VIOLATION
+
+
+async def metrics(invocation: Invocation) -> None:
+    """Show what there is to measure, as Prometheus reads it, or as JSON.
+
+    'holdfast up --metrics-port' serves the same over HTTP.
+    """
+    import msgspec
+
+    from holdfast.ops.system import open_system
+    from holdfast.workers.exposition import Metric, render_text
+    from holdfast.workers.settings import WORKERS
+
+    loaded = invocation.loaded
+    async with open_system(loaded, WORKERS) as system, system.connect(loaded.settings.namespace) as hf:
+        answer = await hf.call_resolver("metrics", {})
+    if invocation.json:
+        output.write_json(answer)
+    else:
+        for line in render_text(msgspec.convert(answer["metrics"], list[Metric])).splitlines():
+            output.write_line(line)
 
 
 def config(invocation: Invocation) -> None:

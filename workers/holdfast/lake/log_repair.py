@@ -1,0 +1,132 @@
+"""Mends a damaged log by its redundancy: the copies of commits; and what a checkpoint is compared with.
+
+For processes that write.  A damaged commit file is moved aside, never removed, and its copy put in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import pyarrow as pa
+
+from holdfast.lake.files import fsync_directory, fsync_file, move_aside
+from holdfast.lake.log import (
+    LOG_DIRECTORY,
+    Commit,
+    Snapshot,
+    commit_path,
+    fingerprint_of,
+    list_checkpoints,
+    list_versions,
+    parse_commit,
+    read_checkpoint,
+)
+from holdfast.lake.log_copies import copy_path, keep_copy, read_copy
+from holdfast.schemas.errors import IntegrityError
+
+logger = logging.getLogger(__name__)
+
+DAMAGED_DIRECTORY: Final = "damaged"
+_HINT: Final = "_last_checkpoint"
+
+_UNREADABLE: Final = (ValueError, TypeError, AttributeError, RecursionError)
+
+
+def repair_log(directory: Path) -> list[int]:
+    """Puts the copy of each damaged commit in its place, durably; returns the versions that were mended."""
+    mended: list[int] = []
+    later: Commit | None = None
+    for version in reversed(list_versions(directory)):
+        raw = commit_path(directory, version).read_bytes()
+        found = _parsed(version, raw)
+        if found is None or _is_other(found, later):
+            copy = read_copy(directory, version)
+            copied = None if copy is None else _parsed(version, copy)
+            if copied is not None and copied.fingerprint != fingerprint_of(raw) and not _is_other(copied, later):
+                _replace(directory, version)
+                mended.append(version)
+                found = copied
+        else:
+            _renew_torn_copy(directory, version)
+        later = found
+    return mended
+
+
+def _renew_torn_copy(directory: Path, version: int) -> None:
+    """Copies are not synced: one that a power cut left in part is made anew from its commit, which is sound."""
+    copy = read_copy(directory, version)
+    if copy is not None and _parsed(version, copy) is None:
+        keep_copy(directory, version, commit_path(directory, version))
+
+
+def differing_commits(directory: Path) -> list[tuple[int, str]]:
+    """Returns the commits that are not, byte for byte, what their successor or their copy says; not a torn one."""
+    found: list[tuple[int, str]] = []
+    later: Commit | None = None
+    for version in reversed(list_versions(directory)):
+        raw = commit_path(directory, version).read_bytes()
+        commit = _parsed(version, raw)
+        copy = read_copy(directory, version)
+        if commit is None:
+            # The newest one without a copy is torn, which is told by itself.
+            if later is not None or found or copy is not None:
+                found.append((version, "does not say what was written"))
+        elif _is_other(commit, later):
+            found.append((version, "is not the one that its successor was built on"))
+        elif copy is not None and fingerprint_of(copy) != commit.fingerprint:
+            found.append((version, "and its copy differ"))
+        later = commit
+    return found[::-1]
+
+
+def _parsed(version: int, raw: bytes) -> Commit | None:
+    try:
+        return parse_commit(version, raw)
+    except _UNREADABLE:
+        return None
+
+
+def _is_other(commit: Commit, later: Commit | None) -> bool:
+    """Whether a commit is not the one that its successor names, or was robbed of its digest."""
+    if later is None or "previous" not in later.info:
+        return commit.version > 0 and "sum" not in commit.info
+    return bool(later.info["previous"] != commit.fingerprint.hex())
+
+
+def _replace(directory: Path, version: int) -> None:
+    path = commit_path(directory, version)
+    aside = move_aside(path, directory / LOG_DIRECTORY / DAMAGED_DIRECTORY)
+    temporary = path.with_name(f".{path.name}.mended")
+    temporary.write_bytes(copy_path(directory, version).read_bytes())
+    fsync_file(temporary)
+    temporary.rename(path)
+    fsync_directory(path.parent)
+    logger.warning(
+        "damaged commit mended from its copy",
+        extra={"action": "commit_mended", "path": str(path), "aside": str(aside)},
+    )
+
+
+def checkpoint_says(base: Snapshot) -> bool:
+    """Whether the checkpoint of a version says what the commits up to it say."""
+    try:
+        found = read_checkpoint(base.table, base.directory, base.version)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, IntegrityError):
+        return False
+    return (found.files, found.transactions) == (base.files, base.transactions)
+
+
+def drop_bad_hint(directory: Path) -> None:
+    """Removes ``_last_checkpoint`` when it names no checkpoint that is there: it only saves deltalake a listing."""
+    hint = directory / LOG_DIRECTORY / _HINT
+    try:
+        named = msgspec.json.decode(hint.read_bytes(), type=dict)["version"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):
+        named = None
+    if named not in list_checkpoints(directory):
+        hint.unlink(missing_ok=True)

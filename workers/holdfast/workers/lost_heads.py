@@ -1,0 +1,118 @@
+"""Puts back the newest versions of named contexts that a stream has lost and the lake still holds.
+
+A stream that lost its tail shows an older version as a key's newest.  Whoever writes then gives the next version a
+number that other content in the lake has already, so that one of the two, both acknowledged, would have no place.  The
+newest archived version, written again behind the old one, closes the gap: readers see it, and writers go on after it.
+The archiver, which comes to it again, finds it in the lake and takes it for the repetition that it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from holdfast.lake import connect
+from holdfast.lake.lookup import Lookup
+from holdfast.schemas.ids import now_ms
+from holdfast.streams.decode import encode_key_version
+from holdfast.streams.key_log import Head, KeyLog
+from holdfast.streams.publish import Outgoing, Refused, publish
+from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, key_subject
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from holdfast.lake.index import LakeIndex
+    from holdfast.lake.lake import Lake
+    from holdfast.schemas.rows import KeyVersionRow
+    from holdfast.streams.connection import Connection
+
+logger = logging.getLogger(__name__)
+
+_PAGE: Final = 1_000
+TOMBSTONES: Final = ("delete", "expire")
+
+_AT_ONCE: Final = 64
+_DAY_MS: Final = 86_400_000
+TRIMMED_MS: Final = 30 * _DAY_MS
+"""Only an archived tombstone that is older than this leaves the stream rightly (see :mod:`holdfast.workers.trim`)."""
+
+_NEWEST: Final = """
+SELECT namespace, key, max(version), arg_max(op, version), epoch_ms(arg_max(stored_at, version)) FROM key_versions
+GROUP BY namespace, key ORDER BY namespace, key"""
+
+
+async def restore_heads(connection: Connection, lake: Lake, index: LakeIndex, executor: Executor) -> int:
+    """Writes the newest archived version of each key that is older in the stream, or is not there; returns how many.
+
+    Reads the whole list of keys.  Doing it again, or a writer who is faster, changes nothing that is newer.  What has
+    left the stream rightly, as an old tombstone, stays away.
+    """
+    loop = asyncio.get_running_loop()
+    log = KeyLog(connection)
+    restored = 0
+    pages = _archived_keys(lake, now_ms() - TRIMMED_MS)
+    while page := await loop.run_in_executor(executor, lambda: next(pages, None)):
+        by_namespace: dict[str, dict[str, _Newest]] = {}
+        for newest in page:
+            by_namespace.setdefault(newest.namespace, {})[newest.key] = newest
+        for namespace, keys in by_namespace.items():
+            heads = await log.heads(namespace, list(keys))
+            lost = [newest for key, newest in keys.items() if _is_lost(newest, heads.get(key))]
+            rows = await loop.run_in_executor(executor, _read, lake, index, lost)
+            for start in range(0, len(rows), _AT_ONCE):
+                outcomes = await asyncio.gather(
+                    *(_write(connection, row, heads.get(row.key, Head())) for row in rows[start : start + _AT_ONCE])
+                )
+                restored += sum(outcomes)
+    await log.close()
+    if restored:
+        logger.warning("newest versions of keys were put back", extra={"action": "heads_restored", "keys": restored})
+    return restored
+
+
+class _Newest(NamedTuple):
+    """The newest archived version of a key; ``is_gone``: it may have left the stream."""
+
+    namespace: str
+    key: str
+    version: int
+    is_gone: bool
+
+
+def _is_lost(newest: _Newest, head: Head | None) -> bool:
+    if head is None or head.row is None:
+        return not newest.is_gone
+    return head.row.version < newest.version
+
+
+def _archived_keys(lake: Lake, gone_before_ms: int) -> Iterator[list[_Newest]]:
+    with connect(lake.path) as sql, sql.pinned():
+        found: Any = sql.execute(_NEWEST)
+        while page := found.fetchmany(_PAGE):
+            yield [
+                _Newest(namespace, key, version, op in TOMBSTONES and stored_at_ms < gone_before_ms)
+                for namespace, key, version, op, stored_at_ms in page
+            ]
+
+
+def _read(lake: Lake, index: LakeIndex, wanted: list[_Newest]) -> list[KeyVersionRow]:
+    if not wanted:
+        return []
+    index.refresh(lake)
+    with Lookup(lake, index) as lookup:
+        found = lookup.get_key_versions([(newest.namespace, newest.key, newest.version) for newest in wanted])
+        return list(found.values())
+
+
+async def _write(connection: Connection, row: KeyVersionRow, head: Head) -> bool:
+    # Without its message id: the server may still know that, of the message that it has lost.
+    subject = key_subject(row.namespace, row.key)
+    headers = {H_EXPECT_SUBJECT_SEQ: str(head.last_seq)}
+    try:
+        await publish(connection, Outgoing(subject, headers, encode_key_version(row)))
+    except Refused:
+        return False  # a writer was faster: what it wrote is told as a contradiction when it is archived
+    return True
