@@ -12,15 +12,17 @@ BENCH_ARGS ?=
 SEED ?= 1
 STEPS ?= 100000
 KILLS ?= 1000
+# Further arguments of a campaign, as CAMPAIGN_ARGS="--kind torn --keep /tmp/kept".
+CAMPAIGN_ARGS ?=
 
 # pyright asks the package index for a newer release of itself unless told not to.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports bench growth coverage torture-keys torture-commits format wheel-check clean
+.PHONY: help demo test check bench torture torture-kills torture-power torture-power-fast torture-disk torture-cluster torture-cluster-chaos torture-chaos torture-syscalls torture-kill-points torture-archivers torture-damage torture-backups torture-fuzz torture-keys torture-commits growth coverage format wheel-check clean lint types imports
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.stamp-all  ## three small agents publish, hand on references, archive and query
 	@$(BIN)/holdfast demo $(DEMO_ARGS)
@@ -45,11 +47,54 @@ imports: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev  ## benchmarks beside their raw limits; JSON in benchmarks/results/
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+torture: $(VENV)/.stamp-dev  ## a system of its own under load and every fault for 60 s; SEED=1
+	@$(BIN)/holdfast torture --seed $(SEED) --seconds 60 $(CAMPAIGN_ARGS)
+
+torture-kills: $(VENV)/.stamp-dev  ## kill -9 of the server under load, 1,200 times (8 min); SEED=1
+	@$(BIN)/python -m tests.campaigns.kills --cycles 1200 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-power: $(VENV)/.stamp-dev  ## 300 power cuts of one server (15 min, root); SEED=1
+	@$(BIN)/python -m tests.campaigns.power --cuts 300 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-power-fast: $(VENV)/.stamp-dev  ## 30 power cuts in mode fast, which must lose something (2 min, root); SEED=1
+	@$(BIN)/python -m tests.campaigns.power --cuts 30 --seed $(SEED) --durability fast $(CAMPAIGN_ARGS)
+
+torture-disk: $(VENV)/.stamp-dev  ## 100 full or failing disks (15 min, root, strace); SEED=1
+	@$(BIN)/python -m tests.campaigns.disk --runs 100 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-cluster: $(VENV)/.stamp-dev  ## three nodes: leader kills, partitions, power, wiped nodes (40 min, root); SEED=1
+	@$(BIN)/python -m tests.campaigns.cluster --rounds 30 --wipes 12 --seed $(SEED) \
+	    --kind leader-kill,partition,all-cut,wipe,combined $(CAMPAIGN_ARGS)
+
+torture-cluster-chaos: $(VENV)/.stamp-dev  ## three nodes under mixed faults for an hour (root); SEED=1
+	@$(BIN)/python -m tests.campaigns.cluster --kind chaos --minutes 60 --load 0.3 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-chaos: $(VENV)/.stamp-dev  ## one server under mixed faults for an hour; SEED=1
+	@$(BIN)/python -m tests.campaigns.chaos --minutes 60 --load 0.3 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-syscalls: $(VENV)/.stamp-dev  ## killed before every system call of five cycles (12 min); SEED=1
+	@$(BIN)/python -m tests.campaigns.syscalls --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-kill-points: $(VENV)/.stamp-dev  ## workers killed at 5,000 random moments (10 min); SEED=1
+	@$(BIN)/python -m tests.campaigns.kill_points --kills 5000 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-archivers: $(VENV)/.stamp-dev  ## several archivers and compactors, one asleep at each step (10 min); SEED=1
+	@$(BIN)/python -m tests.campaigns.archivers --rounds 100 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-damage: $(VENV)/.stamp-dev  ## 2,000 flipped bits in files of every kind (20 min); SEED=1
+	@$(BIN)/python -m tests.campaigns.damage --flips 2000 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-backups: $(VENV)/.stamp-dev  ## backups that are killed, everything destroyed, restored (30 min); SEED=1
+	@$(BIN)/python -m tests.campaigns.backups --rounds 100 --seed $(SEED) $(CAMPAIGN_ARGS)
+
+torture-fuzz: $(VENV)/.stamp-dev  ## a million hostile inputs, twenty thousand of them served (7 min); SEED=1
+	@$(BIN)/python -m tests.campaigns.fuzz --inputs 1000000 --served 20000 --seed $(SEED) $(CAMPAIGN_ARGS)
+
 torture-keys: $(VENV)/.stamp-dev  ## named contexts beside their model; SEED=1 STEPS=100000
-	@$(BIN)/python -m tests.campaigns.keys --seed $(SEED) --steps $(STEPS)
+	@$(BIN)/python -m tests.campaigns.keys --seed $(SEED) --steps $(STEPS) $(CAMPAIGN_ARGS)
 
 torture-commits: $(VENV)/.stamp-dev  ## commits of twenty keys by clients that are killed; SEED=1 KILLS=1000
-	@$(BIN)/python -m tests.campaigns.commits --seed $(SEED) --kills $(KILLS)
+	@$(BIN)/python -m tests.campaigns.commits --seed $(SEED) --kills $(KILLS) $(CAMPAIGN_ARGS)
 
 growth: $(VENV)/.stamp-dev  ## what a conversation costs that is stored after every turn (needs recorded traces)
 	@$(BIN)/python -m benchmarks.growth $(BENCH_ARGS)

@@ -134,17 +134,25 @@ def archive(lake: Lake, first: int, last: int) -> None:
     lake.append("contexts", contexts(first, last), epoch=EPOCH, first_seq=first, last_seq=last)
 
 
+def drop_copy(path: Path) -> None:
+    """Of a commit torn by a power cut there is no copy: that is written after the fsync."""
+    (path.parents[1] / "_log_copy" / path.name).unlink(missing_ok=True)
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
+    drop_copy(path)
 
 
 def halve(path: Path) -> None:
     raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2])
+    drop_copy(path)
 
 
 def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
+    drop_copy(path)
 
 
 DAMAGE = [empty, halve, zero]
@@ -316,7 +324,8 @@ def test_compaction_refuses_a_damaged_file(tmp_path: Path) -> None:
     raw = bytearray(damaged.read_bytes())
     raw[len(raw) // 3] ^= 0x40
     damaged.write_bytes(raw)
-    with pytest.raises(IntegrityError, match="cannot be read"):
-        compact(lake, policy=MergePolicy(min_files=2), at_ms=2_000_000_000_000)
+    assert compact(lake, policy=MergePolicy(min_files=2), at_ms=2_000_000_000_000).groups == 0
+    [problem] = lake.problems()
+    assert (problem.object, "cannot be read" in problem.what) == (str(damaged), True)
     assert len(lake.files("contexts")) == 2
     assert len(list((path / "contexts").rglob("part-*.parquet"))) == 2

@@ -1,0 +1,159 @@
+"""Mixed chaos for a long time at a moderate load: no violation, and nothing that grows::
+
+    python -m tests.campaigns.chaos --minutes 60 --load 0.3 --seed 7
+
+First the same producers write as much as goes through for some seconds, undisturbed: that is the capacity.  Then they
+write ``--load`` of it while every fault strikes on the plan of ``holdfast torture``.  Memory and open files of each
+process are watched; a process is flat when the straight line through its samples, without the first third of its life,
+grows by less than ``GROWTH_MIB_PER_HOUR`` and ``GROWTH_FILES_PER_HOUR``, or by less than ``GROWTH_MIB`` and
+``GROWTH_FILES`` over what was watched.  A life that was watched for less than ``SHORTEST_S`` says nothing and is not
+judged: a process that is killed every minute has no slope, but its most must stay below ``MOST_MIB``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from holdfast.ops.torture.check import Violation
+from holdfast.ops.torture.faults import chosen_faults
+from holdfast.ops.torture.history import read_history
+from holdfast.ops.torture.rig import TortureRig
+from holdfast.ops.torture.run import WORKERS, TortureOptions, TortureReport, torture
+from tests.campaigns.kills import conclude
+from tests.campaigns.rig import tell
+
+if TYPE_CHECKING:
+    from holdfast.ops.torture.samples import UsageSummary
+
+CAPACITY_S: Final = 10.0
+WARM_S: Final = 3.0
+GROWTH_MIB_PER_HOUR: Final = 48.0
+GROWTH_MIB: Final = 24.0
+GROWTH_FILES_PER_HOUR: Final = 6.0
+GROWTH_FILES: Final = 4.0
+SHORTEST_S: Final = 120.0
+MOST_MIB: Final = 1_500.0
+
+GAP_S: Final = 4.0
+"""Mean time between two faults: the system is to run, not only to recover."""
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """What a campaign came to."""
+
+    campaign: str = "chaos"
+    seed: int
+    minutes: float
+    load: float
+    capacity_per_s: float
+    rate_per_s: float
+    report: TortureReport | None = None
+    lost: int = 0
+    doubled: int = 0
+    violations: list[Violation] = []
+    not_flat: list[str] = []
+    seconds: float = 0.0
+    kept: str = ""
+
+
+async def measure_capacity(directory: Path, seed: int, seconds: float = CAPACITY_S) -> float:
+    """Returns how many writes a second are acknowledged when nothing disturbs the same producers and workers."""
+    async with TortureRig(directory, seed=seed) as rig:
+        await rig.start_server()
+        for child in [rig.spawn_worker(*names, name=name) for name, names in WORKERS.items()]:
+            await rig.wait_ready(child)
+        for name in ("sdk1", "sdk2"):
+            rig.start_producer(name, "--lanes", "2", "--batch", "32")
+        rig.start_producer("raw1", "--raw")
+        rig.start_reader("reader1")
+        await asyncio.sleep(WARM_S)
+        before = read_history(rig.histories).counts()["acknowledged"]
+        began = time.monotonic()
+        await asyncio.sleep(seconds)
+        written = read_history(rig.histories).counts()["acknowledged"] - before
+        return written / (time.monotonic() - began)
+
+
+def not_flat(processes: dict[str, UsageSummary]) -> list[str]:
+    """Returns the processes that grow, and how: by the criterion that the module tells."""
+    found: list[str] = []
+    for name, usage in sorted(processes.items()):
+        if usage.rss_mib_most > MOST_MIB:
+            found.append(f"{name} took {usage.rss_mib_most:.0f} MiB")
+        if usage.seconds < SHORTEST_S:
+            continue
+        hours = usage.seconds / 3_600
+        for what, per_hour, limit_per_hour, limit in (
+            ("MiB", usage.rss_mib_per_hour, GROWTH_MIB_PER_HOUR, GROWTH_MIB),
+            ("open files", usage.files_per_hour, GROWTH_FILES_PER_HOUR, GROWTH_FILES),
+        ):
+            if per_hour > limit_per_hour and per_hour * hours > limit:
+                found.append(f"{name} grows by {per_hour:.1f} {what} an hour, watched for {usage.seconds:.0f} s")
+    return found
+
+
+async def campaign(
+    directory: Path, *, minutes: float, load: float, seed: int, faults: str | None = None, is_told: bool = False
+) -> Outcome:
+    """Measures, then runs the chaos; returns what was found."""
+    began = time.monotonic()
+    capacity = await measure_capacity(directory / "capacity", seed)
+    rate = capacity * load
+    outcome = Outcome(
+        seed=seed, minutes=minutes, load=load, capacity_per_s=round(capacity, 1), rate_per_s=round(rate, 1)
+    )
+    if is_told:
+        tell(f"capacity {capacity:,.0f} writes a second; the load is {rate:,.0f}")
+    options = TortureOptions(
+        seed=seed,
+        seconds=minutes * 60,
+        faults=chosen_faults(faults),
+        directory=directory / "chaos",
+        rate=rate / 3,
+        mean_gap_s=GAP_S,
+    )
+    report = await torture(options, tell if is_told else lambda _line: None)
+    outcome.violations, outcome.lost, outcome.doubled = report.violations, report.lost, report.doubled
+    report.violations = []
+    outcome.report = report
+    outcome.not_flat = not_flat(report.processes)
+    outcome.violations += [Violation("I7", "memory and files", what) for what in outcome.not_flat]
+    outcome.seconds = round(time.monotonic() - began, 1)
+    return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--load", type=float, default=0.3, help="share of the measured capacity")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults", help="some of those of 'holdfast torture', with commas; all of them unless given")
+    parser.add_argument("--data", type=Path, help="where everything is kept; a folder in /tmp unless given")
+    parser.add_argument("--json", action="store_true", help="no progress, the line of the outcome alone")
+    chosen = parser.parse_args()
+    logging.getLogger("holdfast").setLevel(logging.CRITICAL)
+    directory = chosen.data or Path(tempfile.mkdtemp(prefix="holdfast-chaos-"))
+    outcome = asyncio.run(
+        campaign(
+            directory,
+            minutes=chosen.minutes,
+            load=chosen.load,
+            seed=chosen.seed,
+            faults=chosen.faults,
+            is_told=not chosen.json,
+        )
+    )
+    sys.exit(conclude(outcome, directory, is_temporary=chosen.data is None))
+
+
+if __name__ == "__main__":
+    main()
