@@ -152,9 +152,12 @@ async def one_lagging(folder: Path) -> AsyncGenerator[Lagging]:
                     await _led_elsewhere(connection, stream, lagging)
             await running.wait_whole()
             # A node that does not answer itself hands a direct get on, to the one behind the held routes perhaps.
-            streams = topology.declarations()
             for node in (lagging, running.nodes[0]):
-                await eventually(lambda node=node: asyncio.to_thread(node.serves_direct, streams, "APP"))
+
+                async def serves(node: Node = node) -> bool:
+                    return await asyncio.to_thread(node.serves_direct, topology.declarations(), "APP")
+
+                await eventually(serves)
             async with connect(lagging.url, cache_bytes=0) as behind, connect(running.nodes[0].url) as ahead:
                 yield Lagging(lagging, routes, behind, ahead)
                 routes.release()
