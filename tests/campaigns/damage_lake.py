@@ -179,7 +179,12 @@ def files_of(root: Path, kind: FileKind) -> list[Path]:
         "lmdb": ["index/data.mdb"],
         "meta": ["index/seal", "lake/*/_quarantine/*.json"],
     }[kind]
-    return sorted(path.relative_to(root) for pattern in patterns for path in root.glob(pattern))
+    # Names of data files are random, the order in which they were written is not: one seed, one schedule.
+    found = [path for pattern in patterns for path in root.glob(pattern)]
+    in_order = sorted(
+        found, key=lambda path: (str(path.parent), path.stat().st_mtime_ns if kind == "parquet" else 0, path)
+    )
+    return [path.relative_to(root) for path in in_order]
 
 
 def draw(root: Path, kind: FileKind, generator: random.Random) -> Flip:

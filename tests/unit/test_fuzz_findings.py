@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from nats.aio.msg import Msg
 
+from holdfast.client.cold import _refusal
 from holdfast.client.handler_control import decode_instruction
 from holdfast.client.lineage_context import to_headers
 from holdfast.ops.settings import load_settings
@@ -66,3 +68,8 @@ def test_a_lineage_travels_in_printable_characters() -> None:
 
 def test_a_message_of_an_error_is_bounded() -> None:
     assert len(HoldfastError("x" * 1_000_000).message) == MESSAGE_CHARS + 1
+
+
+def test_a_refusal_of_a_thousand_brackets_is_told_as_one() -> None:
+    error = _refusal(Msg(_client=None, data=b'{"a":' * 5_000))  # type: ignore[arg-type]
+    assert isinstance(error, UnavailableError)

@@ -44,6 +44,7 @@ from holdfast.schemas.ids import iso_from_ms
 from holdfast.schemas.names import check_key, check_namespace
 from holdfast.schemas.refs import DIGEST_BYTES, JSON, Digest, digest_from_bytes, parse_ref
 from holdfast.schemas.rows import ContextRow, KeyVersionRow
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.codec import unseal
 from holdfast.streams.decode import KeyVersionBody
 from holdfast.streams.wire import H_EXPIRES, H_FORM, H_KIND, H_TYPE
@@ -303,7 +304,7 @@ def _decoded(raw: bytes, name: str, number: int, *, is_first: bool) -> Line:
         raise _foreign(name)
     try:
         return _DECODER.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         # The last line of a file that is cut short has no end.
         what = str(error) if raw.endswith(b"\n") else "it is cut short"
         raise _damaged(name, number, what) from error

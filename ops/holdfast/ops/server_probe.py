@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from holdfast.schemas.errors import ConfigurationError, DurabilityError, UnavailableError
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.connection_target import Durability, mask_url
 from holdfast.streams.monitoring import NO_ANSWER, address_of, get, get_health, no_answer
 
@@ -122,7 +123,7 @@ async def verify_durability(monitor_url: str, mode: Durability, timeout_s: float
     status, body = await get(monitor_url, "/jsz?config=true", timeout_s)
     try:
         reply = msgspec.json.decode(body, type=_JetStreamReply)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise no_answer("monitoring address", monitor_url, error) from error
     if status != 200 or reply.disabled or reply.config is None or not reply.config.store_dir:
         raise DurabilityError(

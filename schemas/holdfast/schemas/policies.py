@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from holdfast.schemas import limits
 from holdfast.schemas.errors import InvalidFieldError, TooLargeError
+from holdfast.schemas.undecodable import UNDECODABLE
 
 POLICIES_KEY: Final = "holdfast.policies"
 """The key of the named context that holds a namespace's policies."""
@@ -88,7 +89,7 @@ def decode_policies(body: bytes) -> Policies:
         )
     try:
         return _DECODER.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise InvalidFieldError(
             f"the policies in {POLICIES_KEY} do not decode: {error}",
             field="policies",

@@ -44,6 +44,7 @@ from holdfast.schemas.errors import (
     NotFoundError,
 )
 from holdfast.schemas.refs import DIGEST_BYTES, digest_from_bytes
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
 
 if sys.version_info >= (3, 14):
@@ -354,7 +355,7 @@ class CheckpointReader:
         self._number += 1
         try:
             frame = _DECODER.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise self._damaged(f"frame {self._number} does not decode: {error}") from error
         if not isinstance(frame, End):
             self._hasher.update(prefix)

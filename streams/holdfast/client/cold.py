@@ -10,6 +10,7 @@ import msgspec
 
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, UnavailableError
 from holdfast.schemas.refs import Digest
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.arrivals import next_of
 from holdfast.streams.codec import unseal
 from holdfast.streams.lean import is_no_responder
@@ -95,7 +96,7 @@ class ResolverClient:
             raise _refusal(reply)
         try:
             return _OBJECT.decode(reply.data)
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             raise UnavailableError(f"the answer of {subject} is not a JSON object", hint=_FOREIGN) from error
 
     async def _fetch(self, asked: FetchRequest) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
@@ -153,7 +154,7 @@ def error_of(body: ErrorBody) -> HoldfastError:
 def _refusal(message: Msg) -> HoldfastError:
     try:
         return error_of(_ERROR.decode(message.data).error)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         description = (message.headers or {}).get(H_SERVICE_ERROR, "")
         return UnavailableError(f"a service refused the call with code {description[:40]}", hint=_FOREIGN)
 
@@ -161,7 +162,7 @@ def _refusal(message: Msg) -> HoldfastError:
 def _end(message: Msg) -> FetchEnd:
     try:
         return _END.decode(message.data)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise UnavailableError("the end of the resolver's answer does not decode", hint=_FOREIGN) from error
 
 

@@ -13,6 +13,7 @@ import msgspec
 from holdfast.client.handler_policy import control_name
 from holdfast.schemas.errors import HoldfastError
 from holdfast.schemas.ids import derived_event_id, new_event_id
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.decode import decode_event
 from holdfast.streams.events import NewEvent
 from holdfast.streams.messages import StoredMessage
@@ -48,7 +49,7 @@ def decode_instruction(data: bytes | None) -> Instruction | None:
     """Returns what an event tells its handler; None when that is nothing: any client may have sent it."""
     try:
         instruction: Instruction = _INSTRUCTION.decode(data or b"null")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return None
     return instruction
 

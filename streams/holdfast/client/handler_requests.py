@@ -17,6 +17,7 @@ from holdfast.client.cold import ResolverClient
 from holdfast.client.handler_policy import ERROR, RESULT, error_of_data
 from holdfast.client.model import Event
 from holdfast.schemas.errors import InvalidFieldError, RetryError, UnavailableError
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.notices import listen
 from holdfast.streams.wire import reply_subject
 
@@ -103,7 +104,7 @@ class Requests:
     def _receive(self, payload: bytes) -> None:
         try:
             self._arrived(_EVENT.decode(payload))
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             logger.debug("a reply that is no event", extra={"action": "reply_ignored"})
 
     def _arrived(self, outcome: Event) -> None:

@@ -24,6 +24,7 @@ from typing import Annotated, Final
 import msgspec
 
 from holdfast.schemas.errors import ConfigurationError, EncryptionKeyError
+from holdfast.schemas.undecodable import UNDECODABLE
 
 KEY_BYTES: Final = 32
 KEY_ID_CHARS: Final = 64
@@ -196,7 +197,7 @@ def _decode(raw: bytes, origin: str) -> _File:
     try:
         # What msgspec says names the member and never its value.
         return _DECODER.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         reason = str(error)
         raise ConfigurationError(
             f"key file {origin} cannot be read: {reason[:1].lower() + reason[1:]}",

@@ -18,6 +18,7 @@ from holdfast.schemas.errors import InvalidFieldError, TooLargeError
 from holdfast.schemas.ids import MAX_MS, EventId, derived_event_id, normal_event_id, unpacked_source_id
 from holdfast.schemas.lineage import ALIASES, ATTRIBUTES, FIELDS, IDENTITY_FIELDS
 from holdfast.schemas.refs import parse_ref
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.decode import is_traceparent
 from holdfast.streams.events import check_id_text
 
@@ -164,7 +165,7 @@ def from_headers(headers: Mapping[str, str]) -> Lineage | None:
     if text is not None:
         try:
             return from_dict(_OBJECT.decode(text))
-        except (msgspec.DecodeError, UnicodeError) as error:
+        except UNDECODABLE as error:
             raise InvalidFieldError(f"header {HEADER} is not a JSON object: {error}", field=HEADER) from error
     trace = by_name.get(_TRACE_PARENT)
     return None if trace is None or not is_traceparent(trace) else from_traceparent(trace)

@@ -42,6 +42,7 @@ from holdfast.schemas.ids import MAX_MS
 from holdfast.schemas.names import CHUNK_KIND, check_kind
 from holdfast.schemas.refs import JSON, Digest, compute_digest, is_digest
 from holdfast.schemas.rows import ContextRow, Form
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.sharing import Part, Piece, Shape
 from holdfast.streams.wire import H_ENCODING, H_EXPIRES, H_FORM, H_KIND, H_PARTS, H_TYPE, H_VERSION
 
@@ -240,7 +241,7 @@ def decode_manifest(body: bytes) -> Manifest:
     """Returns the manifest; raises InvalidBodyError when it is not one, TooLargeError when it promises too much."""
     try:
         manifest = _MANIFEST.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise InvalidBodyError(f"manifest does not decode: {error}", field="body") from error
     if manifest.size > limits.BODY_BYTES:
         raise TooLargeError(

@@ -14,6 +14,7 @@ import nats.errors
 from nats.aio.msg import Msg
 
 from holdfast.schemas.errors import ConfigurationError, HoldfastError, UnavailableError, UnknownOutcomeError
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.connection_target import ConnectionTarget, mask_url
 from holdfast.streams.lean import Lean
 from holdfast.streams.retry import ATTEMPT_S, NoResponderError
@@ -101,7 +102,7 @@ class Connection:
         try:
             failure = _ANSWER.decode(message.data).error
             answer: dict[str, Any] = _OBJECT.decode(message.data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise UnavailableError(
                 f"what came in answer to {subject} is none of JetStream's",
                 hint="see who may publish to _INBOX.> on this server; the same call may be sent again",

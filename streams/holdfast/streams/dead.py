@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.publish import SUBJECT_FULL, WRONG_LAST_SEQUENCE, Outgoing, Refused, publish
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.storing import store_with_retry
@@ -145,7 +146,7 @@ def _letter(message: StoredMessage, rest: bytes) -> DeadLetter | None:
         return None
     try:
         origin_headers = msgspec.json.decode(headers.get(H_ORIGIN_HEADERS, "{}"), type=dict[str, str])
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         origin_headers = {}
     return DeadLetter(
         stream=tokens[3],

@@ -27,6 +27,7 @@ from holdfast.schemas.ids import MAX_MS, derived_event_id, is_canonical_uuid, ms
 from holdfast.schemas.names import check_kind
 from holdfast.schemas.refs import Ref, compute_digest, format_ref, parse_ref
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Op, Row, Table
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.codec import unseal
 from holdfast.streams.hot import NewContext
 from holdfast.streams.wire import (
@@ -188,7 +189,7 @@ def decode_key_head(message: StoredMessage) -> tuple[KeyVersionRow, tuple[int, .
     check_json(message.payload, field="key version")
     try:
         body = _KEY_VERSION.decode(message.payload)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise InvalidFieldError(f"key version does not decode: {error}", field="key version") from error
     ref = None
     if body.ref is not None:

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.connection_target import Durability
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def read_local_server(data: Path) -> LocalServer | None:
         return None
     try:
         server = _decoder.decode(raw)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         logger.warning("server file is not readable", extra={"action": "server_file_ignored", "error": str(error)})
         return None
     if server.v != SERVER_FILE_VERSION or not server.is_alive():

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from holdfast.schemas.errors import ConfigurationError, UnavailableError
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.connection_target import mask_url
 
 # What a peer that is not up, or not a NATS server, makes of an exchange; msgspec's errors are ValueErrors.
@@ -63,7 +64,7 @@ async def get_health(monitor_url: str, timeout_s: float) -> Health | None:
         return None
     try:
         health = msgspec.json.decode(body, type=Health)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         health = Health()
     return health if health.error or health.errors else Health(error=f"status {status}")
 

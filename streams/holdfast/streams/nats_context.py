@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from holdfast.schemas.errors import ConfigurationError
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.connection_target import ConnectionTarget, split_servers
 
 SELECTED: Final = "@selected"
@@ -81,7 +82,7 @@ def _target(name: str, path: Path, raw: bytes, env: Mapping[str, str]) -> Connec
     try:
         every: dict[str, Any] = msgspec.json.decode(raw, type=dict[str, Any])
         context = msgspec.convert(every, _ContextFile)
-    except msgspec.DecodeError as error:  # ValidationError is one too
+    except UNDECODABLE as error:  # ValidationError is one too
         raise _error(f"NATS context file {path} is damaged: {error}", f"run: nats context edit {name}") from error
     for field in _UNSUPPORTED:
         if every.get(field):

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from holdfast.schemas.errors import TooLargeError, UnavailableError, UnknownOutcomeError
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.connection import ApiFailure, Connection, Msg
 from holdfast.streams.retry import ATTEMPT_S
 from holdfast.streams.wire import H_BATCH_COMMIT, H_BATCH_ID, H_BATCH_SEQUENCE
@@ -155,7 +156,7 @@ def check_payload(connection: Connection, message: Outgoing, *, room: int = 0) -
 def _acknowledged(reply: Msg) -> PubAck:
     try:
         ack = _ACK.decode(reply.data)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise UnknownOutcomeError("the answer to a publish is not an acknowledgement") from error
     if ack.error is None:
         return ack

@@ -21,6 +21,7 @@ from nats.micro.service import EndpointConfig, Service, ServiceConfig
 from holdfast.schemas import limits
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, TooLargeError
 from holdfast.schemas.names import check_namespace, decode_token
+from holdfast.schemas.undecodable import UNDECODABLE
 
 if TYPE_CHECKING:
     from nats.micro.request import Request
@@ -222,7 +223,7 @@ def decode_request(payload: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
         return decoder.decode(payload or b"{}")
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise InvalidFieldError(
             f"request is not JSON: {error}", field="request", hint='send a JSON object, such as {"ref": "ctx_…"}'
         ) from error

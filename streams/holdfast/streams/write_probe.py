@@ -24,6 +24,7 @@ import msgspec
 
 from holdfast.schemas.errors import HoldfastError, StorageFailedError
 from holdfast.schemas.problems import Problem
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.connection import ApiError, ApiFailure, Connection
 from holdfast.streams.monitoring import Health, get_health
 from holdfast.streams.retry import NoResponderError
@@ -255,7 +256,7 @@ async def _store_once(connection: Connection) -> _Outcome:
             return await _unacknowledged(connection)
         try:
             failure = msgspec.json.decode(reply.data, type=_Ack).error
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             return _WELL
         return _WELL if failure is None else _judged(PROBE_STREAM, failure)
     return _WELL

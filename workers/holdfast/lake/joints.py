@@ -28,6 +28,7 @@ from holdfast.schemas.bodies import BINARY
 from holdfast.schemas.errors import DigestMismatchError, HoldfastError, IntegrityError
 from holdfast.schemas.names import CHUNK_KIND
 from holdfast.schemas.refs import Digest, compute_digest, is_digest
+from holdfast.schemas.undecodable import UNDECODABLE
 
 if TYPE_CHECKING:
     from holdfast.schemas.rows import ContextRow
@@ -90,7 +91,7 @@ def decode_joint(row: ContextRow) -> tuple[Joint, bytes]:
     line, _, rest = row.body.partition(b"\n")
     try:
         joint = _JOINT.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise _damaged(row, f"cannot be read: {error}") from error
     if joint.v != VERSION:
         raise _damaged(row, f"has version {joint.v}, this release reads {VERSION}")

@@ -18,6 +18,7 @@ import msgspec
 from holdfast.schemas import limits
 from holdfast.schemas.errors import DigestMismatchError, HoldfastError, IntegrityError
 from holdfast.schemas.refs import Digest, compute_digest, is_digest
+from holdfast.schemas.undecodable import UNDECODABLE
 
 if TYPE_CHECKING:
     from holdfast.schemas.rows import ContextRow
@@ -49,7 +50,7 @@ def decode_manifest(row: ContextRow) -> Manifest:
     """Returns the manifest that a row holds; raises IntegrityError when it is none of ours."""
     try:
         manifest = _MANIFEST.decode(row.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise _damaged(row, f"cannot be read: {error}") from error
     if not 0 <= manifest.size <= limits.BODY_BYTES:
         raise _damaged(row, f"promises {manifest.size} bytes, the limit is {limits.BODY_BYTES}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from holdfast.schemas.ids import now_ms
+from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.gather import answer_each, ask_each
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ async def ask_reports(
     def is_enough(answer: bytes) -> bool:
         try:
             report = _DECODER.decode(answer)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             return False  # of another release, or of somebody else
         reports.append(report)
         missing.difference_update(report.counters)
