@@ -10,6 +10,7 @@ import pytest
 
 from holdfast.lake import Lake
 from holdfast.lake.copies import Copies
+from holdfast.ops.verify import verify
 from holdfast.schemas.errors import ConfigurationError, UnavailableError
 from holdfast.schemas.rows import TABLES
 from holdfast.streams.connection import open_connection
@@ -93,6 +94,9 @@ async def test_a_damaged_file_of_the_lake_is_healed_from_its_copy_and_a_damaged_
     count, problems = copies.compare(lake)
     assert count == sum(len(lake.files(table)) for table in TABLES)
     assert [problem.object for problem in problems] == [str(copy)]
+    report = await verify(lake.path, None, deep=True, copy=tmp_path / "copy")
+    assert [problem.object for problem in report.violations] == [str(copy)]
+    assert (await verify(lake.path, None, deep=True)).ok
     # Taken away, it is copied anew.
     copy.unlink()
     assert copies.catch_up(lake.table("contexts")).files == 1

@@ -9,13 +9,14 @@ from nats.aio.msg import Msg
 
 from holdfast.client.cold import _refusal
 from holdfast.client.handler_control import decode_instruction
-from holdfast.client.lineage_context import to_headers
+from holdfast.client.lineage_context import HEADER, from_headers, to_headers
 from holdfast.ops.settings import load_settings
 from holdfast.schemas.errors import (
     MESSAGE_CHARS,
     ConfigurationError,
     HoldfastError,
     IntegrityError,
+    InvalidFieldError,
     InvalidNameError,
     UnavailableError,
 )
@@ -73,3 +74,9 @@ def test_a_message_of_an_error_is_bounded() -> None:
 def test_a_refusal_of_a_thousand_brackets_is_told_as_one() -> None:
     error = _refusal(Msg(_client=None, data=b'{"a":' * 5_000))  # type: ignore[arg-type]
     assert isinstance(error, UnavailableError)
+
+
+@pytest.mark.parametrize("text", ["\ud800", '{"a":' * 5_000], ids=["surrogate", "deep"])
+def test_a_lineage_header_that_is_no_json_is_told_as_one(text: str) -> None:
+    with pytest.raises(InvalidFieldError, match="is not a JSON object"):
+        from_headers({HEADER: text})

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from holdfast.lake.copies import Copies
+from holdfast.lake.lake import Lake
 from holdfast.lake.verify import verify_lake
 from holdfast.ops.verify_archive import Archive, Findings
 from holdfast.ops.verify_streams import StreamCheck
@@ -31,25 +33,35 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def verify(
-    lake: Path | None, connection: Connection | None, *, nothing_archived: bool = False, deep: bool = False
+    lake: Path | None,
+    connection: Connection | None,
+    *,
+    nothing_archived: bool = False,
+    deep: bool = False,
+    copy: Path | None = None,
 ) -> VerifyReport:
     """Checks a lake, the streams of a server, or the two against each other; None leaves that side out.
 
     ``nothing_archived``: there is no lake because nothing has been archived, not because it is elsewhere.  ``deep``
-    also compares the SHA-256 of every file of the lake.
+    also compares the SHA-256 of every file of the lake, and of its second copy where ``copy`` names one.
 
     Raises DataDirectoryError when ``lake`` holds none, UnavailableError when the server stops answering.
     """
     checked: Counter[str] = Counter()
     violations: list[Problem] = []
+    is_open = False
     if lake is not None:
         report = await asyncio.to_thread(verify_lake, lake, deep=deep)
         checked.update({f"lake_{name}": count for name, count in report.checked.items()})
         violations.extend(report.violations)
+        # A lake that cannot be opened was told already, and there is nothing to hold anything against.
+        is_open = all(problem.object != str(lake) for problem in violations)
+        if deep and copy is not None and is_open:
+            count, differing = await asyncio.to_thread(_compare, lake, copy)
+            checked["copied_files"] += count
+            violations.extend(differing)
     if connection is not None:
         findings = Findings()
-        # A lake that cannot be opened was told already, and there is nothing to hold the streams against.
-        is_open = all(problem.object != str(lake) for problem in violations)
         has_archive = (lake is not None and is_open) or nothing_archived
         archive = await asyncio.to_thread(Archive, lake) if has_archive else None
         try:
@@ -59,3 +71,11 @@ async def verify(
                 await asyncio.to_thread(archive.close)
         violations.extend(findings.all())
     return VerifyReport(ok=not violations, checked=dict(checked), violations=violations)
+
+
+def _compare(lake: Path, copy: Path) -> tuple[int, list[Problem]]:
+    opened = Lake.open(lake)
+    try:
+        return Copies(lake, copy).compare(opened)
+    finally:
+        opened.close()

@@ -165,7 +165,7 @@ def from_headers(headers: Mapping[str, str]) -> Lineage | None:
     if text is not None:
         try:
             return from_dict(_OBJECT.decode(text))
-        except UNDECODABLE as error:
+        except (*UNDECODABLE, UnicodeEncodeError) as error:  # of text, not bytes: it may hold a lone surrogate
             raise InvalidFieldError(f"header {HEADER} is not a JSON object: {error}", field=HEADER) from error
     trace = by_name.get(_TRACE_PARENT)
     return None if trace is None or not is_traceparent(trace) else from_traceparent(trace)

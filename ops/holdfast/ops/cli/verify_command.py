@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 async def verify(
     invocation: Invocation,
     offline: Annotated[bool, typer.Option("--offline", help="Check the lake's files only; start nothing.")] = False,
-    deep: Annotated[bool, typer.Option("--deep", help="Hash every file of the lake again, whole.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Hash every file of the lake, and of its copy, whole.")] = False,
 ) -> int:
     """Check the promises of a data directory or a running system, and print what was counted.
 
@@ -42,12 +42,13 @@ async def verify(
     import msgspec
 
     from holdfast.ops.discovery import resolve_connection
-    from holdfast.ops.system import LAKE_DIRECTORY, open_system
+    from holdfast.ops.system import EMBEDDED_ROLE, LAKE_DIRECTORY, open_system, worker_settings
     from holdfast.ops.verify import verify as verify_all
 
     loaded = invocation.loaded
     data = loaded.settings.data_path
     lake = data / LAKE_DIRECTORY
+    copy = worker_settings(loaded.settings, EMBEDDED_ROLE).copy_directory
     has_lake = lake.is_dir()
     # What runs somewhere is checked as it is; a server is started only where there is something for it to serve.
     has_server = not offline and (resolve_connection(loaded, local=True) is not None or (data / "jetstream").is_dir())
@@ -61,9 +62,11 @@ async def verify(
             is_ours = system.target.durability is not None
             if not has_lake and not is_ours:
                 output.remark(f"no lake at {lake}: only the digests of the hot tier can be checked")
-            report = await verify_all(lake if has_lake else None, connection, nothing_archived=is_ours, deep=deep)
+            report = await verify_all(
+                lake if has_lake else None, connection, nothing_archived=is_ours, deep=deep, copy=copy
+            )
     else:
-        report = await verify_all(lake, None, deep=deep)
+        report = await verify_all(lake, None, deep=deep, copy=copy)
     if invocation.json:
         output.write_json(msgspec.to_builtins(report))
     else:
