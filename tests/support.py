@@ -7,6 +7,8 @@ import contextlib
 import os
 import re
 import signal
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -22,7 +24,6 @@ from holdfast.streams.topology import StreamInfo, ensure_topology
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-    from pathlib import Path
 
     from nats.aio.msg import Msg
 
@@ -92,7 +93,11 @@ class OwnServer:
     def signal(self, number: signal.Signals) -> None:
         """Sends the server's process a signal, such as SIGSTOP and SIGCONT."""
         assert self._server is not None, "the server is down"
-        os.kill(self._server.info.pid, number)
+        pid = self._server.info.pid
+        os.kill(pid, number)
+        # A thread of it on another processor may answer one more message before it is stopped.
+        while number == signal.SIGSTOP and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.001)
 
     async def restart(self) -> None:
         """Kills the server and starts it on the same data."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -49,34 +52,86 @@ async def test_one_of_several_servers_is_enough(own_server: OwnServer) -> None:
         assert await hf.put("x")
 
 
-async def test_a_server_that_goes_away_at_the_very_moment_is_connected_to_again(own_server: OwnServer) -> None:
-    """It says hello, is gone in the same breath, and is there at the next attempt."""
-    attempts = 0
-    host, port = own_server.url.removeprefix("nats://").split(":")
-
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Copies until the end, which it passes on."""
+    with contextlib.suppress(OSError):
         while data := await reader.read(65_536):
             writer.write(data)
-        writer.close()
+    writer.close()
+
+
+@asynccontextmanager
+async def between(
+    server: OwnServer, first: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+) -> AsyncGenerator[tuple[str, list[int]]]:
+    """A relay before a server, that does ``first`` with the first connection; yields its address, and its connections.
+
+    ``first`` is called when the server has answered the client's first PING, with the server's side.
+    """
+    host, port = server.url.removeprefix("nats://").split(":")
+    connections: list[int] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal attempts
-        attempts += 1
+        connections.append(len(connections))
         their_reader, their_writer = await asyncio.open_connection(host, int(port))
-        if attempts == 1:
+        if connections == [0]:
             writer.write(await their_reader.readuntil(b"\r\n"))
             their_writer.write(await reader.readuntil(b"PING\r\n"))
             writer.write(await their_reader.readuntil(b"PONG\r\n"))
+            await first(reader, writer)
             their_writer.close()
-            writer.close()
         else:
-            await asyncio.gather(copy(reader, their_writer), copy(their_reader, writer))
+            await asyncio.gather(relay(reader, their_writer), relay(their_reader, writer))
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as between:
-        route = f"nats://127.0.0.1:{between.sockets[0].getsockname()[1]}"
-        async with connect(route) as hf:
-            assert await hf.put("x")
-    assert attempts >= 2
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        yield f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}", connections
+
+
+async def test_a_server_that_goes_away_at_the_very_moment_is_connected_to_again(own_server: OwnServer) -> None:
+    async def leave(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with between(own_server, leave) as (url, connections), connect(url) as hf:
+        assert await hf.put("x")
+        assert len(connections) == 2
+
+
+async def test_whoever_is_sent_away_by_the_server_comes_back(own_server: OwnServer) -> None:
+    async def send_away(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Connected for good: what comes now is no answer to its connecting.
+        await reader.readuntil(b"SUB ")
+        writer.write(b"-ERR 'maximum connections exceeded'\r\n")
+        writer.close()
+
+    async with between(own_server, send_away) as (url, connections), connect(url) as hf:
+        assert await hf.put("x")
+        assert len(connections) == 2
+
+
+async def test_a_client_closed_in_the_middle_of_a_reconnect_does_not_go_on(
+    own_server: OwnServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cancel may be lost where an attempt fails at the same moment; then nothing else told it to end."""
+    trying = asyncio.Event()
+
+    async def fail_when_cancelled(*_: object) -> None:
+        trying.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ConnectionRefusedError from None
+
+    async with open_connection(own_server.url) as connection:
+        client = connection.client
+        monkeypatch.setattr("nats.aio.client.Client._connect_to_server", fail_when_cancelled)
+        await own_server.stop()
+        await asyncio.wait_for(trying.wait(), LIMIT_S)
+        task = client._reconnection_task
+    assert task is not None
+    _, going_on = await asyncio.wait({task}, timeout=2.0)
+    task.cancel()
+    assert not going_on
+    assert client.is_closed
 
 
 async def test_a_server_that_never_speaks_is_told() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -40,6 +41,7 @@ from holdfast.streams.discovery import require_connection
 from holdfast.streams.events import EventLog, NewEvent
 from holdfast.streams.hot import HotTier, NewContext
 from holdfast.streams.key_log import KeyLog
+from holdfast.streams.retry import NOBODY_S, READ_DEADLINE_S, call_with_retry
 from holdfast.streams.server_clock import ServerClock
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import HOT_STREAM
@@ -70,7 +72,9 @@ async def connect(
     check_agent(agent)
     target = url if isinstance(url, ConnectionTarget) else require_connection(url=url)
     async with open_connection(target, name=f"holdfast-{agent.encode('ascii', 'replace').decode()[:40]}") as connection:
-        info = await stream_info(connection, HOT_STREAM)
+        info = await call_with_retry(
+            partial(stream_info, connection, HOT_STREAM), deadline_s=READ_DEADLINE_S, nobody_s=NOBODY_S
+        )
         client = Holdfast(
             connection, namespace, agent, replicas=info.replicas, cache_bytes=cache_bytes, key_ring=key_ring
         )

@@ -9,14 +9,20 @@ are taken apart by :mod:`holdfast.streams.frame_parser`, for the same reason.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Final
 
+from nats import errors
 from nats.aio.client import Client
+from nats.protocol.parser import AUTHORIZATION_VIOLATION, PERMISSIONS_ERR
 
 from holdfast.streams.frame_parser import FrameParser
 
 if TYPE_CHECKING:
+    from nats.aio.client import Srv
     from nats.aio.msg import Msg
+
+logger = logging.getLogger(__name__)
 
 
 class TolerantClient(Client):
@@ -28,6 +34,7 @@ class TolerantClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self._ps = FrameParser(self)
+        self._has_ended = False
 
     async def flush(self, timeout: int = 10) -> None:  # noqa: ASYNC109  the signature is nats-py's
         """Returns once the server has seen everything that was published and subscribed before the call."""
@@ -36,7 +43,43 @@ class TolerantClient(Client):
         await self._flush_pending(force_flush=True)
         await super().flush(timeout)
 
+    # A cancel that meets a reconnect just as its attempt ends is lost in ``asyncio.wait_for`` up to Python 3.11, and
+    # nats-py looks at nothing else: the closed client would go on for ever, and become connected again.
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        self._require_open()
+        await super()._connect_to_server(s)
+
+    async def _process_connect_init(self) -> None:
+        self._require_open()
+        await super()._process_connect_init()
+        self._require_open()
+
+    def _require_open(self) -> None:
+        if self._has_ended:
+            self._status = Client.CLOSED
+            if self._transport is not None:
+                self._transport.close()  # type: ignore[no-untyped-call]  # nats-py's own class
+            raise asyncio.CancelledError
+
+    async def _process_err(self, err_msg: str) -> None:
+        # Whoever was connected and is sent away, since there are too many for instance, comes back later: nats-py would
+        # close the client for good, and its process would live on in silence.
+        is_final = any(word in err_msg for word in (PERMISSIONS_ERR, AUTHORIZATION_VIOLATION))
+        if self.is_connected and self.options["allow_reconnect"] and not is_final:
+            await self._process_op_err(errors.Error(f"nats: {err_msg}"))
+        else:
+            await super()._process_err(err_msg)
+
+    async def _attempt_reconnect(self) -> None:
+        try:
+            await super()._attempt_reconnect()
+        except asyncio.InvalidStateError:
+            # The attempt that this one took the place of has told whoever waits for the end of both.
+            logger.debug("a second reconnect was under way", exc_info=True)
+
     async def _close(self, status: int, do_cbs: bool = True) -> None:
+        self._has_ended = status == Client.CLOSED
         if not self.is_connected:
             # nats-py would write what is pending to a connection that is gone, and stop half-way over the error.
             self._pending = []

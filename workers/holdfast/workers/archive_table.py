@@ -50,7 +50,7 @@ from holdfast.workers.archive_plan import (
 from holdfast.workers.lost_heads import restore_heads
 from holdfast.workers.manifest_check import ManifestChecker
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, check_anchors
-from holdfast.workers.stream_marks import StreamMarks, lost_since, newest_mark
+from holdfast.workers.stream_marks import Mark, StreamMarks, lost_since, newest_mark
 
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
@@ -121,6 +121,7 @@ class TableArchiver:
         self._read_bytes = READ_BYTES
         self.archived_seq = 0
         self._marks = StreamMarks(lake.path)
+        self._last_mark: Mark | None = None
 
     async def watermark(self) -> Position | None:
         """Returns the newest archived position."""
@@ -261,9 +262,12 @@ class TableArchiver:
     async def note_end(self, info: StreamInfo) -> None:
         """Remembers how far the stream reaches, durably, once it was found to be what the lake remembers."""
         if self._checked_reconnects == self._connection.reconnects:
-            mark = await newest_mark(self._connection, info, self._marks.get(self.stream))
+            if self._last_mark is None:
+                self._last_mark = await self._in_thread(lambda: self._marks.get(self.stream))
+            mark = await newest_mark(self._connection, info, self._last_mark)
             if mark is not None:
                 await self._in_thread(lambda: self._marks.put(self.stream, mark))
+                self._last_mark = mark
 
     async def _compare_mark(self, info: StreamInfo, watermark: Position | None) -> None:
         may_be_trimmed = self.table == "key_versions"
