@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nats import errors
 from nats.aio.client import Client
@@ -58,8 +58,9 @@ class TolerantClient(Client):
     def _require_open(self) -> None:
         if self._has_ended:
             self._status = Client.CLOSED
-            if self._transport is not None:
-                self._transport.close()  # type: ignore[no-untyped-call]  # nats-py's own class
+            transport: Any = self._transport
+            if transport is not None:
+                transport.close()
             raise asyncio.CancelledError
 
     async def _process_err(self, err_msg: str) -> None:
