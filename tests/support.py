@@ -93,16 +93,22 @@ class OwnServer:
     def signal(self, number: signal.Signals) -> None:
         """Sends the server's process a signal, such as SIGSTOP and SIGCONT."""
         assert self._server is not None, "the server is down"
-        pid = self._server.info.pid
-        os.kill(pid, number)
-        # A thread of it on another processor may answer one more message before it is stopped.
-        while number == signal.SIGSTOP and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            time.sleep(0.001)
+        if number == signal.SIGSTOP:
+            stop_process(self._server.info.pid)
+        else:
+            os.kill(self._server.info.pid, number)
 
     async def restart(self) -> None:
         """Kills the server and starts it on the same data."""
         await self.kill()
         await self.start(with_streams=False)
+
+
+def stop_process(pid: int) -> None:
+    """Stops a process, and waits: a thread on another processor may answer one more message before."""
+    os.kill(pid, signal.SIGSTOP)
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.001)
 
 
 @contextlib.asynccontextmanager

@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -230,8 +231,14 @@ class Round:
         return await observe(rig.url, rig.lake, namespaces=[rig.namespace])
 
     def _less(self, observation: Observation) -> Observation:
+        kept = (
+            event.attempt.id
+            for event in self.history.events.values()
+            if event.attempt.kind == "context" and event.outcome == "acknowledged"
+        )
+        gone = set(islice(kept, self._drop))
         for view in observation.views.values():
-            del view.contexts[: self._drop]
+            view.contexts[:] = [seen for seen in view.contexts if seen[0] not in gone]
         return observation
 
     async def _gone(self, rig: TortureRig) -> list[Violation]:

@@ -52,7 +52,7 @@ from tests.campaigns import disk as disk_campaign
 from tests.campaigns.disk import Outcome, Run, campaign, plan, run_once
 from tests.campaigns.disk_rig import SmallDisk, Watcher, what_is_missing
 from tests.running import eventually
-from tests.support import OwnServer, create_stream
+from tests.support import OwnServer, create_stream, stop_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -255,7 +255,7 @@ async def test_a_stopped_server_is_silent_within_five_seconds(tmp_path: Path) ->
         target = ConnectionTarget(url=server.info.nats_url, origin="test", monitor_url=server.info.monitor_url)
         async with open_connection(target) as connection:
             await ensure_topology(connection)
-            os.kill(server.info.pid, signal.SIGSTOP)
+            stop_process(server.info.pid)
             try:
                 async with asyncio.timeout(5):
                     state = await probe_writes(connection)

@@ -27,6 +27,7 @@ from holdfast.ops.server_probe import check_health, check_protocol, verify_durab
 from holdfast.ops.settings import load_settings
 from holdfast.schemas.errors import ConfigurationError, DataDirectoryError, DurabilityError, UnavailableError
 from holdfast.streams.local_server import LocalServer, process_start_ticks, read_local_server
+from tests.support import stop_process
 
 pytestmark = pytest.mark.asyncio
 
@@ -372,14 +373,14 @@ async def test_an_end_that_was_asked_for_is_no_failure(data: Path) -> None:
 
 async def test_a_server_that_does_not_stop_is_killed(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with embedded(data, stop_timeout_s=0.1) as server:
-        os.kill(server.info.pid, signal.SIGSTOP)
+        stop_process(server.info.pid)
     assert process_start_ticks(server.info.pid) is None
     assert any(getattr(record, "action", "") == "server_killed" for record in caplog.records)
 
 
 async def test_a_cancelled_stop_kills_the_server_and_releases_the_directory(data: Path) -> None:
     server = await embedded(data, stop_timeout_s=LIMIT_S).__aenter__()
-    os.kill(server.info.pid, signal.SIGSTOP)
+    stop_process(server.info.pid)
     stopping = asyncio.create_task(server.close())
     await asyncio.wait([stopping], timeout=0.05)
     stopping.cancel()

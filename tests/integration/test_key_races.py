@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any, Final
@@ -298,7 +297,7 @@ async def test_the_state_of_the_bucket_is_asked_again_when_the_answer_is_lost(ow
     """Before a key's first version is written; the write once failed with "unknown", though nothing was sent yet."""
     async with connect(own_server.url, agent="writer") as hf:
         assert own_server._server is not None
-        os.kill(own_server._server.info.pid, signal.SIGSTOP)
+        own_server.signal(signal.SIGSTOP)
         asked = asyncio.create_task(hf.keys._log.info())
         await asyncio.sleep(0)  # it is sent, and nobody answers
         await own_server.restart()
