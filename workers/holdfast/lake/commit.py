@@ -30,6 +30,7 @@ from holdfast.lake.files import fsync_directory, fsync_file, make_directory, mov
 from holdfast.lake.log import (
     LOG_DIRECTORY,
     OUR_INFO,
+    FileEntry,
     Removal,
     Snapshot,
     TornCommitError,
@@ -80,6 +81,17 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     adds: Sequence[AddAction] = ()
     removes: Sequence[RemoveAction] = ()
     info: dict[str, Any] = {}
+
+
+def removal_of(entry: FileEntry, at_ms: int) -> RemoveAction:
+    """Returns what takes a file out of its table while its rows stay, in another one."""
+    return RemoveAction(
+        entry.path,
+        data_change=False,
+        deletion_timestamp=at_ms,
+        size=entry.size_bytes,
+        partition_values={"day": entry.day},
+    )
 
 
 class TornCommit(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,7 +17,6 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake.transaction import RemoveAction
 
 from holdfast.lake.checksums import find_damage
 from holdfast.lake.columns import (
@@ -27,7 +26,7 @@ from holdfast.lake.columns import (
     arrow_schema,
     day_of,
 )
-from holdfast.lake.commit import Change
+from holdfast.lake.commit import Change, removal_of
 from holdfast.lake.files import fsync_directory
 from holdfast.lake.litter import remove_litter
 from holdfast.lake.log import (
@@ -242,16 +241,7 @@ def _replacement(snapshot: Snapshot, group: MergeGroup, written: WrittenFile) ->
         version=last.version + 1 if last else 1,
         expected=last.version if last else None,
         adds=[written.add_action(data_change=False)],
-        removes=[
-            RemoveAction(
-                entry.path,
-                data_change=False,
-                deletion_timestamp=at_ms,
-                size=entry.size_bytes,
-                partition_values={"day": entry.day},
-            )
-            for entry in group.files
-        ],
+        removes=[removal_of(entry, at_ms) for entry in group.files],
     )
 
 

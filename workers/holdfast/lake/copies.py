@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from holdfast.lake.files import fsync_directory, make_directory
+from holdfast.lake.checksums import sha256_of
+from holdfast.lake.files import fsync_directory, make_directory, write_durably
 from holdfast.lake.log import (
     LOG_DIRECTORY,
     FileEntry,
@@ -128,7 +129,7 @@ class Copies:
             name, relative = self._place(path)
             known = self._known(name).get(relative)
             copy = self.directory / name / relative
-            if known is None or copy.stat().st_size != known.size or _digest(copy) != known.sha256:
+            if known is None or copy.stat().st_size != known.size or sha256_of(copy) != known.sha256:
                 return None
         except (OSError, ValueError, UnavailableError):
             return None
@@ -204,9 +205,9 @@ class Copies:
                 hint="choose a new or an empty directory on another disk",
             )
         if not marker.exists():
-            _write(marker, msgspec.json.encode(_Mark(uuid.uuid4().hex)))
+            write_durably(marker, msgspec.json.encode(_Mark(uuid.uuid4().hex)))
         # A copy whose lake forgot it is compared file by file, like any other.
-        _write(record, marker.read_bytes())
+        write_durably(record, marker.read_bytes())
 
     def _known(self, table: Table) -> dict[str, _Sum]:
         with self._lock:
@@ -257,7 +258,7 @@ class Copies:
                 f"{source_directory / entry.path} is not what was committed: it is not copied",
                 hint="'holdfast verify' tells which rows it held; nothing is purged until it is healed",
             )
-        if _digest(temporary) != sha256:
+        if sha256_of(temporary) != sha256:
             raise UnavailableError(
                 f"{temporary} does not read back as it was written", hint="check the disk of copy_directory"
             )
@@ -333,18 +334,3 @@ def _replace(source: Path, target: Path) -> None:
             raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_directory(path.parent)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,6 +24,24 @@ def _fsync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
+def write_durably(path: Path, content: bytes) -> None:
+    """Replaces a file so that it holds the old or the new content, whole, through any crash.
+
+    Raises OSError when the disk refuses; the old content then stays, and nothing is left beside it.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
 def make_directory(path: Path) -> None:
     """Creates a directory with its missing parents, each durable in its own parent."""
     if path.is_dir():

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import pyarrow.parquet as pq
-from deltalake.transaction import RemoveAction
 
 from holdfast.lake.columns import ROWS_PER_GROUP, to_rows
-from holdfast.lake.commit import Change
+from holdfast.lake.commit import Change, removal_of
 from holdfast.lake.salvage import salvage_group
 from holdfast.lake.writer import FileWriter, remove_files
 from holdfast.schemas.errors import FenceError, UnavailableError
@@ -59,15 +58,7 @@ def heal_file(table: LakeTable, entry: FileEntry, damage: Damage, brought: Itera
             version=last.version + 1 if last else 1,
             expected=last.version if last else None,
             adds=[written.add_action(data_change=False)],
-            removes=[
-                RemoveAction(
-                    entry.path,
-                    data_change=False,
-                    deletion_timestamp=now_ms(),
-                    size=entry.size_bytes,
-                    partition_values={"day": entry.day},
-                )
-            ],
+            removes=[removal_of(entry, now_ms())],
         )
 
     try:

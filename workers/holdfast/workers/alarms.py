@@ -7,12 +7,12 @@ lock; whoever tells health reads it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from holdfast.lake.files import write_durably
 from holdfast.schemas.problems import Problem
 
 FILE: Final = ".alarms.json"
@@ -67,15 +67,4 @@ def end_alarms(lake: Path, of: str) -> None:
 
 
 def _write(lake: Path, alarms: list[Problem]) -> None:
-    path = lake / FILE
-    temporary = path.with_name(f"{FILE}.new")
-    with temporary.open("wb") as file:
-        file.write(msgspec.json.encode(_File(alarms=alarms)))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(lake, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_durably(lake / FILE, msgspec.json.encode(_File(alarms=alarms)))

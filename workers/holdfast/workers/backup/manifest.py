@@ -10,13 +10,13 @@ from typing import Any, Final
 
 import msgspec
 
-from holdfast.lake.files import fsync_directory
+from holdfast.lake.files import fsync_directory, write_durably
 from holdfast.schemas.errors import DataDirectoryError, IntegrityError, NotFoundError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import iso_from_ms
 from holdfast.schemas.rows import Table
 from holdfast.streams.stream_images import StreamImage
-from holdfast.workers.backup.pool import MANIFESTS, Pool, write_durably
+from holdfast.workers.backup.pool import MANIFESTS, Pool
 
 FORMAT_VERSION: Final = 1
 

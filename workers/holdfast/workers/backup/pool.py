@@ -13,7 +13,8 @@ from typing import Final, Self
 
 import msgspec
 
-from holdfast.lake.files import fsync_directory, make_directory
+from holdfast.lake.checksums import sha256_of
+from holdfast.lake.files import fsync_directory, make_directory, write_durably
 from holdfast.schemas.errors import DataDirectoryError, UnavailableError
 from holdfast.schemas.failpoints import failpoint
 
@@ -84,7 +85,7 @@ class Pool:
 
     def is_sound(self, sha256: str, size: int) -> bool:
         """Whether an object is there and its content still hashes to its name."""
-        return self.has(sha256, size) and digest_of(self.path(sha256)) == sha256
+        return self.has(sha256, size) and sha256_of(self.path(sha256)) == sha256
 
     def writer(self) -> ObjectWriter:
         """Returns what a new object is written with."""
@@ -164,23 +165,6 @@ class ObjectWriter:
     ) -> None:
         self._file.close()
         self._path.unlink(missing_ok=True)
-
-
-def digest_of(path: Path) -> str:
-    """Returns the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replaces a file so that it holds the old or the new content, whole, through any crash."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_directory(path.parent)
 
 
 def _create(directory: Path) -> None:
