@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
+import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -132,6 +134,31 @@ async def test_a_client_closed_in_the_middle_of_a_reconnect_does_not_go_on(
     task.cancel()
     assert not going_on
     assert client.is_closed
+
+
+async def test_an_attempt_that_ended_in_the_greeting_leaves_no_open_file(own_server: OwnServer) -> None:
+    """As when the server goes away once more while it starts: the attempt's connection is closed, not forgotten."""
+    host, port = own_server.url.removeprefix("nats://").split(":")
+    connections: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        if 1 < len(connections) < 5:
+            writer.write(b"+OK\r\n")  # no greeting: the attempt fails, and this side keeps the connection open
+            await relay(reader, writer)
+            return
+        their_reader, their_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(relay(reader, their_writer), relay(their_reader, writer))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", ResourceWarning)
+            async with connect(f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}") as hf:
+                connections[0].close()
+                assert await hf.put("x")
+            gc.collect()
+    assert len(connections) == 5
+    assert [str(each.message) for each in told] == []
 
 
 async def test_a_server_that_never_speaks_is_told() -> None:

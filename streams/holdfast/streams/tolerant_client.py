@@ -48,6 +48,11 @@ class TolerantClient(Client):
 
     async def _connect_to_server(self, s: Srv) -> None:
         self._require_open()
+        # An attempt may fail after the connection stood: the server went while it greeted.  nats-py leaves that
+        # connection to the garbage collector, an open file each time.
+        transport: Any = self._transport
+        if transport is not None:
+            transport.close()
         await super()._connect_to_server(s)
 
     async def _process_connect_init(self) -> None:
