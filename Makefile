@@ -19,7 +19,7 @@ CAMPAIGN_ARGS ?=
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench torture torture-kills torture-power torture-power-fast torture-disk torture-cluster torture-cluster-chaos torture-chaos torture-syscalls torture-kill-points torture-archivers torture-damage torture-backups torture-fuzz torture-keys torture-commits growth coverage format wheel-check clean lint types imports
+.PHONY: help demo test check bench bench-full bench-guard torture torture-kills torture-power torture-power-fast torture-disk torture-cluster torture-cluster-chaos torture-chaos torture-syscalls torture-kill-points torture-archivers torture-damage torture-backups torture-fuzz torture-keys torture-commits growth coverage format wheel-check clean lint types imports
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,8 +44,14 @@ types: $(VENV)/.stamp-dev
 imports: $(VENV)/.stamp-dev
 	$(BIN)/lint-imports --no-logo
 
-bench: $(VENV)/.stamp-dev  ## benchmarks beside their raw limits; JSON in benchmarks/results/
+bench: $(VENV)/.stamp-dev  ## benchmarks beside raw limits and peers (under 10 min); JSON in benchmarks/results/
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-full: $(VENV)/.stamp-dev  ## growth curves up to ten million rows (under 60 min, 10 GB of disk)
+	@$(BIN)/python -m benchmarks full $(BENCH_ARGS)
+
+bench-guard: $(VENV)/.stamp-dev  ## has a hot path collapsed? (seconds)
+	@$(BIN)/python -m benchmarks guard
 
 torture: $(VENV)/.stamp-dev  ## a system of its own under load and every fault for 60 s; SEED=1
 	@$(BIN)/holdfast torture --seed $(SEED) --seconds 60 $(CAMPAIGN_ARGS)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +14,8 @@ import msgspec
 
 from benchmarks.measure import Budget, Kind, Result, Side, measure
 from benchmarks.raw_nats import api, plain_client
-from benchmarks.records import ROOT, Conditions, RawLimit, Record
+from benchmarks.records import ROOT, Conditions, PeerResult, RawLimit, Record
+from benchmarks.targets import judge
 from holdfast.client import Holdfast, connect
 from holdfast.client.near_cache import DEFAULT_BYTES
 from holdfast.ops.server import EmbeddedServer
@@ -26,6 +27,8 @@ from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+
+    from benchmarks.peers.figures import Peers
 
 NAMESPACE: Final = "bench"
 
@@ -58,8 +61,11 @@ class BenchServer(msgspec.Struct, frozen=True):
     durability: Durability
     client: Any
     """A plain nats-py client."""
+    pid: int
 
-    def connect(self, *, namespace: str = NAMESPACE, cache_bytes: int | None = None) -> Any:
+    def connect(
+        self, *, namespace: str = NAMESPACE, cache_bytes: int | None = None
+    ) -> AbstractAsyncContextManager[Holdfast]:
         """Opens the SDK on this server; ``cache_bytes`` 0 turns the near cache off."""
         return connect(
             target_of(self.url), namespace, "bench", cache_bytes=DEFAULT_BYTES if cache_bytes is None else cache_bytes
@@ -79,6 +85,8 @@ class Bench:
     ) -> None:
         self.budget = budget
         self.records: list[Record] = []
+        self.peers: Peers | None = None
+        """The stores to compare with that run on this machine, while they run."""
         self._shared = shared
         self._scratch = scratch
         self._names = names
@@ -94,29 +102,48 @@ class Bench:
         """Returns a count that is not calibrated: ``full``, or ``quick`` in a smoke run."""
         return quick if self.budget.quick else full
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether some figures only are asked for."""
+        return bool(self._names)
+
+    @property
+    def peer_parent(self) -> Path:
+        """Where peers make their directories: the same disk, and not inside a directory that is this user's alone."""
+        return self._scratch.parent
+
     def directory(self, name: str) -> Path:
         """Makes an empty directory on the disk that is measured."""
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._scratch))
 
     async def figure(self, figure: Figure, ours: Side, *raws: Side) -> None:
-        """Measures a figure beside its raw limits, unless it is not asked for; one record for each limit.
+        """Measures a figure beside its raw limits and its peers, unless it is not asked for; one record for each limit.
 
-        Further limits than the first add their label to the record's name, as in ``archive:pull``.
+        Further limits than the first add their label to the record's name, as in ``archive:pull``; the peers are with
+        the first.
         """
         if not self.wants(figure.name):
             return
+        peers = await self.peers.sides(figure.name, stored=self.scale(10_000, 200)) if self.peers else []
+        await self.figure_beside(figure, [ours, *raws], peers)
+
+    async def figure_beside(self, figure: Figure, sides: Sequence[Side], peers: Sequence[Side]) -> None:
+        """The same, of ours and raw limits, with the peers given."""
+        own = len(sides)
         results = await measure(
-            [ours, *raws],
+            [*sides, *peers],
             self.budget,
             kind=figure.kind,
             count=figure.count,
             least=self.scale(figure.least, min(figure.least, 20)),
             most=figure.most,
+            sharing=own,
         )
-        for raw in results[1:]:
+        self.add(figure, results[0], results[1], results[own:])
+        for raw in results[2:own]:
             self.add(figure, results[0], raw)
 
-    def add(self, figure: Figure, ours: Result, raw: Result) -> None:
+    def add(self, figure: Figure, ours: Result, raw: Result, peers: Sequence[Result] = ()) -> None:
         """Adds the record of a figure that has been measured."""
         ratios = [one / other for one, other in zip(ours.values, raw.values, strict=True)]
         record = Record(
@@ -146,7 +173,21 @@ class Bench:
             machine=self._shared.machine,
             git_commit=self._shared.git_commit,
             started_at=self._shared.started_at,
+            peers=[
+                PeerResult(
+                    name=peer.label,
+                    what=peer.what,
+                    value=peer.value,
+                    values=peer.values,
+                    ratio=ours.value / peer.value,
+                    p50_ms=peer.p50_ms,
+                    p99_ms=peer.p99_ms,
+                    count=peer.count,
+                )
+                for peer in peers
+            ],
         )
+        record = msgspec.structs.replace(record, verdicts=judge(record))
         self.records.append(record)
         self._on_record(record)
 
@@ -160,7 +201,7 @@ class Bench:
                 await ensure_topology(connection)
             client = await stack.enter_async_context(plain_client(info.nats_url))
             await create_raw_streams(client)
-            yield BenchServer(info.nats_url, durability, client)
+            yield BenchServer(info.nats_url, durability, client, info.pid)
 
 
 def target_of(url: str) -> ConnectionTarget:

@@ -2,9 +2,10 @@
 
 Measures rows a second of one stream of contexts (1,400 bytes of JSON each, compressed in the stream as ``put`` leaves
 them) into a new lake, one commit for all of them, by the archiver's own cycle in this process: pull, decompress, check
-each digest, look for repetitions, write Parquet, fsync, commit, fsync, index.  Each run reads the same messages.  Two
-raw limits: pyarrow writing the same rows, already in Arrow, with the same encodings and row groups, and fsync; and
-plain nats-py pulling the same messages without looking at them.  Neither alone is reachable: the archiver does both.
+each digest, look for repetitions and write Parquet, a piece ahead of the other; then fsync, commit, fsync, index.  Each
+run reads the same messages.  Two raw limits: pyarrow writing the same rows, already in Arrow, with the same encodings
+and row groups, and fsync; and plain nats-py pulling the same messages without looking at them.  Neither alone is
+reachable: the archiver does both.
 
 Does not measure: several streams at once, events, purging, compaction, a lake that holds something already.
 """

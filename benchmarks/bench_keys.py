@@ -1,6 +1,7 @@
 """Named contexts: writing versions, many writers of one key, reading the newest version of a small and a grown body.
 
-Measures ``hf.keys.put`` one after the other and from 64 tasks on keys of their own; ``hf.keys.patch`` by 32 tasks on
+Measures ``hf.keys.put`` one after the other, from 64 tasks on new keys, and from 64 tasks on 512 keys in turn, each a
+further version of its key; ``hf.keys.patch`` by 32 tasks on
 one key (each patch is a version of its own); ``hf.keys.get`` of a 600 byte body, and of a conversation of 300 turns
 that was stored after every turn: by a reader without caches, and by one that has the turn before.  Raw limits, by plain
 nats-py on streams of the same settings: the two messages of a version (body, then the version expecting what it
@@ -40,12 +41,15 @@ BODY_BYTES: Final = 600
 TURNS: Final = 300
 TURN_BYTES: Final = 700
 WRITERS: Final = 32
+UPDATED_KEYS: Final = 512
+"""More than are under way at once, so that no two changes meet on one key."""
 PATCH_BYTES: Final = 12
 """A patch of one member, roughly."""
 
 FIGURES: Final = (
     "key_put_sequential",
     "key_put_64",
+    "key_update_64",
     "key_patch_one_32",
     "key_get_small",
     "key_get_grown",
@@ -61,6 +65,7 @@ async def run(bench: Bench) -> None:
         return
     async with bench.server() as server, server.connect() as hf:
         await _writing(bench, server, hf)
+        await _updating(bench, server, hf)
         await _one_key(bench, server, hf)
         await _reading(bench, server, hf)
 
@@ -122,6 +127,42 @@ async def _writing(bench: Bench, server: BenchServer, hf: Holdfast) -> None:
             "bodies and versions of 64 keys in one atomic batch, 1 in flight",
             stored_in_batches,
         ),
+    )
+
+
+async def _updating(bench: Bench, server: BenchServer, hf: Holdfast) -> None:
+    bodies = Bodies(13)
+    numbers = count()
+    batches = AtomicBatches(server.client)
+
+    def make(number: int) -> list[dict[str, Any]]:
+        return bodies.take(number, BODY_BYTES)
+
+    async def update(body: dict[str, Any]) -> object:
+        return await hf.keys.put(f"update.{next(numbers) % UPDATED_KEYS}", body)
+
+    def raw(number: int) -> list[list[Message]]:
+        # The raw stream keeps one message a subject: new subjects, expecting none there, cost the same.
+        versions = [_version_messages(body, f"update{next(numbers)}") for body in make(number)]
+        return [
+            [message for version in versions[start : start + 64] for message in version]
+            for start in range(0, len(versions), 64)
+        ]
+
+    async def stored_in_batches(number: int) -> Run:
+        return await concurrent(raw(number), batches.publish, 1, weight=64)
+
+    await bench.figure(
+        Figure(
+            name="key_update_64",
+            what="hf.keys.put of further versions of 512 keys in turn, from 64 tasks",
+            kind="rate",
+            durability="durable",
+            parameters={"payload_bytes": BODY_BYTES, "concurrency": 64, "keys": UPDATED_KEYS},
+            least=1_024,
+        ),
+        Side("", load(make, update, 64)),
+        Side("bodies and versions of 64 keys in one atomic batch, 1 in flight", stored_in_batches),
     )
 
 

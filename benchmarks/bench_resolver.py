@@ -1,9 +1,10 @@
 """The resolver service, asked by a plain client: ``ctx.<ns>.resolve`` and ``resolve_batch`` of contexts that are hot.
 
 Measures request to answer, the resolver being a process of its own, as in production; the bodies (600 bytes) lie in
-the hot tier, so the resolver fetches each from the server before it answers.  The raw limit is an endpoint of
-``nats.micro`` in that same process that answers at once with as many bytes, asked by the same client in the same way:
-what the service frame and the wire cost, with no work done.
+the hot tier.  A warm resolver was asked for each of them within the last minute, and answers from what it keeps; the
+other one has to fetch each from the server before it answers (asked by ``fields``, whose answers are not kept).  The
+raw limit is an endpoint of ``nats.micro`` in that same process that answers at once with as many bytes, asked by the
+same client in the same way: what the service frame and the wire cost, with no work done.
 
 Does not measure: cold contexts (see the lake), several resolvers, encoding by the asking side.
 """
@@ -30,7 +31,16 @@ BODY_BYTES: Final = 600
 STORED: Final = 5_000
 BATCH: Final = 100
 
-FIGURES: Final = ("resolver_1", "resolver_128", "resolver_batch_100_1", "resolver_batch_100_16")
+FIELDS: Final = ("ref", "kind", "body", "size", "created_at", "tier", "content_type")
+
+FIGURES: Final = (
+    "resolver_1",
+    "resolver_128",
+    "resolver_batch_100_1",
+    "resolver_batch_100_16",
+    "resolver_read_128",
+    "resolver_batch_read_100_16",
+)
 
 
 async def run(bench: Bench) -> None:
@@ -56,19 +66,30 @@ async def _figures(bench: Bench, server: BenchServer, inbox: OwnInbox, refs: lis
     def batch() -> bytes:
         return msgspec.json.encode({"refs": source.sample(refs, BATCH)})
 
+    def single_read() -> bytes:
+        return msgspec.json.encode({"ref": source.choice(refs), "fields": FIELDS})
+
+    def batch_read() -> bytes:
+        return msgspec.json.encode({"refs": source.sample(refs, BATCH), "fields": FIELDS})
+
     for name, endpoint, make, weight, concurrency in (
         ("resolver_1", "resolve", single, 1, 1),
         ("resolver_128", "resolve", single, 1, 128),
         ("resolver_batch_100_1", "resolve_batch", batch, BATCH, 1),
         ("resolver_batch_100_16", "resolve_batch", batch, BATCH, 16),
+        ("resolver_read_128", "resolve", single_read, 1, 128),
+        ("resolver_batch_read_100_16", "resolve_batch", batch_read, BATCH, 16),
     ):
         subject = f"ctx.{NAMESPACE}.{endpoint}"
+        for start in range(0, len(refs), BATCH):
+            warming = msgspec.json.encode({"refs": refs[start : start + BATCH]})
+            _check((await inbox.request(f"ctx.{NAMESPACE}.resolve_batch", warming)).data, BATCH)
         answer = await inbox.request(subject, make())
         _check(answer.data, weight)
         await bench.figure(
             Figure(
                 name=name,
-                what=f"{subject} by request-reply",
+                what=f"{subject} by request-reply, {'read' if '_read_' in name else 'warm'}",
                 kind="latency" if name == "resolver_1" else "rate",
                 unit="" if weight == 1 else "refs/s",
                 durability=server.durability,

@@ -68,14 +68,22 @@ Kind = Literal["latency", "rate"]
 
 
 async def measure(
-    sides: Sequence[Side], budget: Budget, *, kind: Kind, count: int | None, least: int, most: int
+    sides: Sequence[Side],
+    budget: Budget,
+    *,
+    kind: Kind,
+    count: int | None,
+    least: int,
+    most: int,
+    sharing: int | None = None,
 ) -> list[Result]:
     """Runs the sides in turn (A B A B …) and returns the result of each.
 
     ``count`` fixes the operations of a run; without it each side gets as many as fit its share of the budget, between
-    ``least`` and ``most``.
+    ``least`` and ``most``.  ``sharing``: by how many the budget is divided (default: the sides); any further side has
+    a share as large.
     """
-    share_s = budget.seconds_per_figure / (budget.runs * len(sides))
+    share_s = budget.seconds_per_figure / (budget.runs * (sharing or len(sides)))
     counts = [await _calibrate(side, share_s, least, most) if count is None else count for side in sides]
     runs: list[list[Run]] = [[] for _ in sides]
     for _ in range(budget.runs):

@@ -17,7 +17,7 @@ class Bodies:
 
     def __init__(self, seed: int = 1) -> None:
         self._random = random.Random(seed)
-        self._text = _text(self._random)
+        self._text = text_of(self._random)
         self._numbers = count(1)
 
     def take(self, number: int, size: int) -> list[dict[str, Any]]:
@@ -37,9 +37,9 @@ def encoded(body: dict[str, Any]) -> bytes:
     return msgspec.json.encode(body, order="sorted")
 
 
-def _text(source: random.Random) -> str:
-    """Words of Zipf-like frequency: zstd-3 takes single kilobytes of it to about a half, long runs to a third."""
+def text_of(source: random.Random, size: int = _TEXT_BYTES) -> str:
+    """Returns words of Zipf-like frequency: zstd-3 takes single kilobytes to about a half, long runs to a third."""
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(source.choices(letters, k=source.randint(2, 10))) for _ in range(_VOCABULARY)]
     weights = [1 / rank for rank in range(1, _VOCABULARY + 1)]
-    return " ".join(source.choices(words, weights, k=_TEXT_BYTES // 6))
+    return " ".join(source.choices(words, weights, k=size // 6))

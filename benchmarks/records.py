@@ -14,6 +14,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from benchmarks.targets import Verdict
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 
@@ -31,11 +33,25 @@ class RawLimit(msgspec.Struct, frozen=True, kw_only=True):
     count: int = 0
 
 
+class PeerResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What another store reached with the same work, in turn with ours; ``ratio`` is ours / its."""
+
+    name: str
+    what: str
+    value: float
+    values: list[float]
+    ratio: float
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    count: int = 0
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One figure of one run beside one raw limit.
+    """One figure of one run beside one raw limit, and beside the peers that do such work.
 
     ``ratio`` is value / raw_limit.value; ``better`` says which way is good.  ``ratio_low`` and ``ratio_high`` are the
     extremes of the ratios of neighbouring runs: how far noise may have moved it.  Latencies are in milliseconds.
+    ``verdicts`` tell how it stood to its targets when it was measured.
     """
 
     name: str
@@ -57,6 +73,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     machine: dict[str, Any]
     git_commit: str
     started_at: str
+    peers: list[PeerResult] = []
+    verdicts: list[Verdict] = []
+
+    def best_peer(self) -> PeerResult | None:
+        """Returns the peer that did best."""
+        if not self.peers:
+            return None
+        best = max if self.better == "higher" else min
+        return best(self.peers, key=lambda peer: peer.value)
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,12 +93,12 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     started_at: str
 
 
-def conditions(scratch: Path) -> Conditions:
+def conditions(scratch: Path, event_loop: str = "asyncio") -> Conditions:
     """Returns what this run is measured under; ``scratch`` is where its servers write."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return Conditions(
         versions={"python": platform.python_version(), "nats-server": _server_version(), **versions},
-        machine=_machine(scratch),
+        machine={**_machine(scratch), "event_loop": event_loop},
         git_commit=_commit(),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -88,6 +113,11 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     """Writes the records as an indented JSON list."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(records), indent=1) + b"\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """Reads what :func:`write_records` wrote, by this version or an earlier one."""
+    return msgspec.json.decode(path.read_bytes(), type=list[Record])
 
 
 def _server_version() -> str:

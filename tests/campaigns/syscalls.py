@@ -139,9 +139,9 @@ def _grow(folder: Path, stored: Stored, *, commits: int, is_left: bool = False) 
 async def _planted(place: Place) -> None:
     prepare = TableArchiver._prepare
 
-    async def purge_first(archiver: Any, run: Any, messages: Any) -> Any:
-        await purge_below(archiver._connection, archiver.stream, messages[-1].seq + 1)
-        return await prepare(archiver, run, messages)
+    async def purge_first(archiver: Any, piece: Any, decided: Any) -> Any:
+        await purge_below(archiver._connection, archiver.stream, piece.last_seq + 1)
+        return await prepare(archiver, piece, decided)
 
     setattr(TableArchiver, "_prepare", purge_first)  # noqa: B010
     await CYCLES["archive"](place)

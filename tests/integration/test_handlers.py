@@ -16,7 +16,9 @@ import pytest
 import pytest_asyncio
 
 from holdfast.client import Event, Holdfast, connect, lineage
+from holdfast.client.handler_control import receipt_mark
 from holdfast.client.handler_policy import consumer_name
+from holdfast.client.receipt_records import Record
 from holdfast.schemas.errors import (
     HandlerError,
     HoldfastError,
@@ -336,6 +338,30 @@ async def test_an_idempotent_handler_of_receipts_is_not_handed_its_own_without_e
     assert len(await named(hf.connection, namespace, RECEIPT)) == 2
 
 
+async def test_receipts_that_are_stored_together_are_each_stored_once_whatever_is_there_already(
+    hf: Holdfast, handlers: Handlers, namespace: str
+) -> None:
+    seen, go_on = Seen(), asyncio.Event()
+
+    @handlers.on("a", name="h", idempotent=True, concurrency=64)
+    async def work(event: Event) -> None:
+        seen.add(event)
+        await go_on.wait()
+
+    await handlers.ready()
+    events = await asyncio.gather(*(hf.emit("a", number) for number in range(60)))
+    await seen.wait(60)
+    # Two of them were done elsewhere meanwhile: no group that has one of these can be stored as it is.
+    for event in (events[5], events[40]):
+        mark = receipt_mark(namespace, "h", event.event_id)
+        await hf.receipts.write(event.lineage, Record(), handler="h", receipt_id=mark)
+    go_on.set()
+    await eventually(lambda: settled(handlers, "h", 60))
+    receipts = await named(hf.connection, namespace, RECEIPT)
+    assert sorted(row.parent_event_id or "" for row in receipts) == sorted(event.event_id for event in events)
+    assert (handlers.counters["h"].done, handlers.counters["h"].again) == (60, 0)
+
+
 async def test_synchronous_handlers_run_as_many_at_once_as_is_said(hf: Holdfast, handlers: Handlers) -> None:
     together = threading.Barrier(12)
 
@@ -604,13 +630,14 @@ async def test_closing_waits_for_what_is_running(nats_server: str, namespace: st
         assert (handlers.counters["h"].done, len(begun.events)) == (1, 1)
 
 
-async def test_a_long_handler_keeps_its_event(hf: Holdfast, handlers: Handlers) -> None:
+async def test_a_long_handler_keeps_its_event_and_those_that_wait_behind_it(hf: Holdfast, handlers: Handlers) -> None:
     runs, go_on = Seen(), asyncio.Event()
 
-    @handlers.on("slow", name="slow", ack_wait_s=0.3)
+    @handlers.on("slow", name="slow", ack_wait_s=0.3, concurrency=1)
     async def work(event: Event) -> None:
-        runs.add(event)
-        await go_on.wait()
+        # The first is done at once, so that others are taken ahead.
+        if runs.add(event) > 1:
+            await go_on.wait()
 
     @handlers.on("tick", name="tick", ack_wait_s=0.3, backoff_s=(0.3,), max_deliver=5)
     async def tick(event: Event) -> None:
@@ -618,13 +645,17 @@ async def test_a_long_handler_keeps_its_event(hf: Holdfast, handlers: Handlers) 
         raise UnavailableError("again")
 
     await handlers.ready()
-    await hf.emit("slow")
-    await hf.emit("tick")
-    await runs.wait()
-    await eventually(lambda: handlers.counters["tick"].dead == 1)
-    go_on.set()
+    await hf.emit("slow", 0)
     await eventually(lambda: handlers.counters["slow"].done == 1)
-    assert len(runs.events) == 1
+    for number in range(1, 4):
+        await hf.emit("slow", number)
+    await hf.emit("tick")
+    await runs.wait(2)
+    await eventually(lambda: handlers.counters["tick"].dead == 1)
+    assert len(runs.events) == 2
+    go_on.set()
+    await eventually(lambda: handlers.counters["slow"].done == 4)
+    assert sorted(event.data for event in runs.events) == [0, 1, 2, 3]
 
 
 async def test_no_more_events_are_at_work_than_are_allowed(hf: Holdfast, handlers: Handlers) -> None:

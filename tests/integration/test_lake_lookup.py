@@ -260,6 +260,21 @@ def test_a_lake_restored_to_an_earlier_version_is_noticed(lake: Lake, index: Lak
     assert index.count("contexts") == 10
 
 
+def test_compaction_of_what_is_known_is_not_read_again(lake: Lake, index: LakeIndex) -> None:
+    for start in (1, 11):
+        archive(lake, "contexts", [*contexts(start, start + 9)])
+    index.refresh(lake)
+    policy = MergePolicy(min_files=2)
+    assert compact(lake, policy=policy).groups == 1
+    assert index.refresh(lake).rows_added == 0
+    archive(lake, "contexts", [*contexts(21, 30)])
+    compact(lake, policy=policy)
+    index.refresh(lake)
+    assert index.count("contexts") == 30
+    with Lookup(lake, index) as lookup:
+        assert len(lookup.get_contexts([row.digest for row in contexts(1, 30)])) == 30
+
+
 def test_rebuild_gives_the_same_index(lake: Lake, index: LakeIndex) -> None:
     archive(lake, "contexts", [*contexts(1, 100)])
     archive(lake, "events", [*events(1, 100)])

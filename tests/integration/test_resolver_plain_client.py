@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -21,6 +22,7 @@ from tests.support import plain_client
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -265,6 +267,53 @@ async def test_a_batch_makes_progress_whatever_is_first_in_it(plain: Plain, url:
         left = answer.get("next", [])
         rounds += 1
     assert rounds == 2
+
+
+async def test_what_was_asked_for_before_is_answered_the_same(plain: Plain) -> None:
+    refs = [await plain.put({"n": n}) for n in range(3)]
+    request = json.dumps({"refs": refs}).encode()
+    batches = {(await plain.client.request(f"ctx.{plain.namespace}.resolve_batch", request)).data for _ in range(3)}
+    assert len(batches) == 1
+    first = await plain.call("resolve", {"ref": refs[0]})
+    assert await plain.call("resolve", {"ref": refs[0]}) == first
+    assert json.loads(batches.pop())["contexts"][refs[0]] == first
+    # Known and new ones in one request.
+    refs.insert(1, await plain.put({"n": 9}))
+    assert [item["body"]["n"] for item in (await plain.call("resolve_batch", {"refs": refs}))["contexts"].values()] == [
+        0, 9, 1, 2,
+    ]  # fmt: skip
+    # What is refused is refused also for a context that is at hand.
+    assert (await plain.refused("resolve", {"ref": refs[0], "fields": ["nothing"]}))[1] == "fields"
+    assert (await Plain(plain.client, "elsewhere").refused("resolve", {"ref": refs[0]}))[0] == "not_found"
+    assert (await plain.refused("resolve", {"ref": refs[0].replace("ctx_note_", "ctx_plan_")}))[0] == "not_found"
+
+
+async def test_msgpack_is_answered_to_who_asks_for_it(plain: Plain) -> None:
+    raw = bytes(range(256))
+    refs = [
+        await plain.put({"a": 1.50}),
+        (await plain.call("put", {"body_base64": base64.b64encode(raw).decode()}))["ref"],
+    ]
+    unknown = f"ctx_note_{'a' * 32}"
+
+    async def ask(endpoint: str, request: object, accept: str = "text/plain, application/msgpack;q=1") -> Msg:
+        return await plain.client.request(
+            f"ctx.{plain.namespace}.{endpoint}", json.dumps(request).encode(), timeout=20, headers={"Accept": accept}
+        )
+
+    for _ in range(2):
+        reply = await ask("resolve_batch", {"refs": [*refs, unknown]})
+        assert (reply.headers or {})["Content-Type"] == "application/msgpack"
+        answer = msgspec.msgpack.decode(reply.data)
+        assert [answer["contexts"][ref]["body"] for ref in refs] == [b'{"a": 1.5}', raw]
+        assert (answer["resolved_count"], answer["not_found"]) == (2, [unknown])
+        reply = await ask("resolve", {"ref": refs[1]})
+        assert msgspec.msgpack.decode(reply.data) == answer["contexts"][refs[1]]
+        assert json.loads((await ask("resolve", {"ref": refs[0]}, "application/json")).data)["body"] == {"a": 1.5}
+    chosen = await ask("resolve", {"ref": refs[0], "fields": ["kind", "body", "body_text"]})
+    assert msgspec.msgpack.decode(chosen.data) == {"kind": "note", "body": b'{"a": 1.5}'}
+    refused = await ask("resolve", {"ref": unknown})
+    assert json.loads(refused.data)["error"]["code"] == "not_found"
 
 
 # query

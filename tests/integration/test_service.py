@@ -19,11 +19,11 @@ from holdfast.schemas.errors import (
     UnavailableError,
 )
 from holdfast.streams import service as service_module
-from holdfast.streams.service import Call, EndpointCounters, ErrorReply, Handler, decode_request, serve
+from holdfast.streams.service import Answer, Call, EndpointCounters, ErrorReply, Handler, decode_request, serve
 from tests.support import LIMIT_S, plain_client, raw_publish
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Mapping
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
@@ -171,6 +171,42 @@ async def test_a_malformed_frame_does_not_stop_the_service(
     async with serving(connection, echo=echo), plain_client(nats_server) as client:
         await raw_publish(nats_server, frame)
         assert (await ask(client, "ctx.n.echo", b"[1]")).data == b"[1]"
+        assert connection.reconnects == 0
+
+
+async def test_what_is_at_hand_is_answered_at_once_and_the_rest_by_the_handler(
+    connection: Connection, nats_server: str
+) -> None:
+    def at_hand(namespace: str, payload: bytes, headers: Mapping[str, str]) -> Answer | None:
+        if payload == b"known":
+            return Answer(f"{namespace} {headers.get('A')}".encode(), {"From": "hand"})
+        if payload == b"broken":
+            raise ZeroDivisionError
+        if payload == b"large":
+            return Answer(b"x" * (connection.client.max_payload + 1))
+        return None
+
+    service = serve(
+        connection,
+        name="test",
+        version="1.0.0",
+        description="tests",
+        endpoints={"echo": ("ctx.*.echo", echo)},
+        at_hand={"echo": at_hand},
+    )
+    async with service as counters, plain_client(nats_server) as client:
+        replies = await asyncio.gather(
+            *(client.request("ctx.x--a_2eb.echo", b"known", timeout=LIMIT_S, headers={"A": "b"}) for _ in range(50))
+        )
+        assert {(reply.data, (reply.headers or {})["From"]) for reply in replies} == {(b"a.b b", "hand")}
+        for payload in (b"unknown", b"broken", b"large"):
+            assert (await ask(client, "ctx.n.echo", payload)).data == payload
+        assert error_in(await ask(client, "ctx.x--zz.echo", b"known"))["code"] == "invalid_name"
+        await client.publish("ctx.n.echo", b"known")  # nobody to answer
+        assert (await ask(client, "ctx.n.echo", b"known")).data == b"n None"
+        assert (counters["echo"].at_hand, counters["echo"].refused) == (51, 1)
+        stats = msgspec.json.decode((await ask(client, "$SRV.STATS.test", b"")).data)
+        assert stats["endpoints"][0]["num_requests"] == 56
         assert connection.reconnects == 0
 
 

@@ -207,6 +207,24 @@ async def test_the_event_loop_is_never_blocked(server: OwnServer, tmp_path: Path
             await hf.stats()
 
 
+async def test_several_resolvers_share_the_requests(server: OwnServer, tmp_path: Path) -> None:
+    async with connect(server.url) as hf, plain_client(server.url) as client:
+        refs = await hf.put_many([{"n": n} for n in range(50)])
+        async with (
+            running(server.url, settings_in(tmp_path, "one"), ["resolver"]) as one,
+            running(server.url, settings_in(tmp_path, "one"), ["resolver"]) as two,
+        ):
+            for _ in range(2):  # of the first round each keeps what it answered
+                replies = await asyncio.gather(
+                    *(client.request("ctx.default.resolve", b'{"ref":"%b"}' % ref.encode(), timeout=20) for ref in refs)
+                )
+                assert [msgspec.json.decode(reply.data)["body"]["n"] for reply in replies] == list(range(50))
+            counters = [workers.counters()["resolver"]["resolve"] for workers in (one, two)]
+        assert sum(counted["answered"] for counted in counters) == 100
+        assert min(counted["answered"] for counted in counters) > 0
+        assert sum(counted["at_hand"] for counted in counters) > 0
+
+
 # The ingester
 
 

@@ -10,7 +10,9 @@ import pytest
 from holdfast.streams.messages import StoredMessage
 from holdfast.workers.archive_plan import (
     ANCHOR_EVERY,
+    Decided,
     anchors_of,
+    continue_anchors,
     decode_run,
     deduplicate_by_key,
     deduplicate_contexts,
@@ -73,6 +75,26 @@ def test_a_context_that_was_archived_is_a_touch() -> None:
     twice = msgspec.structs.replace(two, seq=3)
     kept = deduplicate_contexts([one, two, twice], {one.digest})
     assert [(row.seq, getattr(row, "form", "")) for row in kept] == [(1, "touch"), (2, "plain"), (3, "touch")]
+
+
+def test_pieces_of_a_run_are_deduplicated_as_one() -> None:
+    one, two = context(1), context(2)
+    decided = Decided()
+    assert deduplicate_contexts([one], set(), decided) == [one]
+    kept = deduplicate_contexts([two, msgspec.structs.replace(one, seq=3)], set(), decided)
+    assert [getattr(row, "form", "") for row in kept] == ["plain", "touch"]
+    first, second = event(1), event(2)
+    assert deduplicate_by_key([first], set(), decided).rows == [first]
+    result = deduplicate_by_key([again(first), second, again(first, data=b"2")], set(), decided)
+    assert (result.rows, result.repeated, len(result.contested)) == ([second], 1, 1)
+
+
+def test_anchors_of_pieces_are_those_of_the_whole() -> None:
+    rows = list(events(ANCHOR_EVERY - 5, 2 * ANCHOR_EVERY + 7))
+    anchors = continue_anchors([], [])
+    for start in range(0, len(rows), 103):
+        anchors = continue_anchors(continue_anchors(anchors, rows[start : start + 103]), [])
+    assert anchors == anchors_of(rows)
 
 
 def test_anchors_are_each_thousandth_and_the_last() -> None:

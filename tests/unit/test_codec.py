@@ -173,6 +173,15 @@ class TestDamage:
             unsealed(form)
         assert caught.value.limit == limits.CHUNK_BYTES
 
+    def test_a_frame_that_does_not_say_its_size_is_read_also_after_a_damaged_one(self) -> None:
+        (form,) = seal(NS, "k", b"x" * 5_000)
+        with pytest.raises(InvalidBodyError):
+            unsealed(msgspec.structs.replace(form, payload=form.payload[:-3]))
+        assert unsealed(form).body == b"x" * 5_000
+        compressor = zstd.ZstdCompressor()
+        streamed = compressor.compress(b"x" * 4_000) + compressor.compress(b"x" * 1_000) + compressor.flush()
+        assert unsealed(msgspec.structs.replace(form, payload=streamed)).body == b"x" * 5_000
+
     @pytest.mark.parametrize("payload", [b"", b"\x28\xb5\x2f\xfd", b"not zstd", b"\x50\x2a\x4d\x18" + b"\xff" * 4])
     def test_what_is_no_frame_is_refused(self, payload: bytes) -> None:
         with pytest.raises(InvalidBodyError):

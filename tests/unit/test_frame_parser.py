@@ -39,6 +39,30 @@ def test_frames_arrive_in_any_pieces() -> None:
     assert parsed(*(bytes([byte]) for byte in whole)) == expected
 
 
+def test_a_sink_takes_the_messages_of_its_subscription_at_once_and_leaves_what_it_will() -> None:
+    frames = b"".join(b"MSG s%d %d 1\r\n%d\r\n" % (number, number % 3, number) for number in range(9))
+    whole = frames + b"HMSG h 1 r 12 14\r\nNATS/1.0\r\n\r\nxy\r\n"
+    for step in (1, 7, len(whole)):
+        taken: list[tuple[bytes, bytes, bytes, bytes | None]] = []
+
+        def take(*message: Any, taken: list[Any] = taken) -> bool:
+            taken.append(message)
+            return bool(message[0] != b"s4")
+
+        sink = Sink()
+        sink.sinks[1] = take
+        for start in range(0, len(whole), step):
+            drive(sink._ps.parse(whole[start : start + step]))
+        assert taken == [
+            (b"s1", b"", b"1", None),
+            (b"s4", b"", b"4", None),
+            (b"s7", b"", b"7", None),
+            (b"h", b"r", b"xy", b"NATS/1.0\r\n\r\n"),
+        ]
+        assert [subject for _, subject, _, _, _ in sink.messages] == ["s0", "s2", "s3", "s4", "s5", "s6", "s8"]
+        assert sink.stats["in_msgs"] == 3
+
+
 def test_a_payload_may_look_like_frames() -> None:
     payload = b"\r\nMSG a 1 1\r\nx\r\nPING\r\n"
     assert parsed(b"MSG a 1 %d\r\n%b\r\n" % (len(payload), payload)) == [(1, "a", "", payload)]

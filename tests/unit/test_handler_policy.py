@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from holdfast.client.handler_control import CatchUp, Redeliver, decode_instruction, instruct, receipt_mark
 from holdfast.client.handler_policy import (
     INTERRUPTED,
+    MOST_AHEAD,
     Again,
     HandlerOptions,
     as_typed,
@@ -23,6 +24,7 @@ from holdfast.client.handler_policy import (
     control_name,
     error_data,
     error_of_data,
+    events_ahead,
     fits,
     is_surely_new,
     is_taken,
@@ -141,6 +143,13 @@ def test_what_the_input_is_to_blame_for_is_final_at_once(error: Exception) -> No
 def test_what_kills_its_handler_again_and_again_is_given_up() -> None:
     assert not kills_its_handler(5 + INTERRUPTED, 5)
     assert kills_its_handler(6 + INTERRUPTED, 5)
+
+
+def test_events_are_taken_ahead_only_by_a_handler_that_begins_them_soon() -> None:
+    assert events_ahead(16, None) == 0  # nobody knows yet
+    assert events_ahead(16, 1.0) == 0
+    assert events_ahead(1, 0.005) == 4
+    assert events_ahead(16, 0.0) == events_ahead(10_000, 0.001) == MOST_AHEAD
 
 
 def test_only_what_cannot_have_been_done_before_counts_as_new() -> None:

@@ -26,6 +26,8 @@ was put together of others is a ``joint`` in the lake: a list of those, so that 
 
 Op = Literal["put", "patch", "delete", "rollback", "expire"]
 
+# ``gc=False`` below: a row holds texts and numbers, so it is in no cycle, and the collector need not look at it.
+
 
 class Position(msgspec.Struct, frozen=True, order=True):
     """A place in one life of a stream.
@@ -37,7 +39,7 @@ class Position(msgspec.Struct, frozen=True, order=True):
     seq: int
 
 
-class ContextRow(msgspec.Struct, frozen=True, kw_only=True):
+class ContextRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One stored context.  ``body`` is the plain bytes (of a manifest its JSON, of a joint its JSON, a newline and the
     bytes that follow its parts); ``size`` is that of the
     whole plain body, also for those.  ``parts``: of a chunk that was put together, the stored chunks that it begins
@@ -62,7 +64,7 @@ class ContextRow(msgspec.Struct, frozen=True, kw_only=True):
         return format_ref(self.kind, self.digest)
 
 
-class EventRow(msgspec.Struct, frozen=True, kw_only=True):
+class EventRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One event.  Ids are UUIDs in text form; ``source_id`` is a producer's own id where that was none.
 
     ``data`` and ``extra`` are JSON text: what the producer sent as ``data``, and the members of its message that
@@ -91,7 +93,7 @@ class EventRow(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: str | None = None
 
 
-class KeyVersionRow(msgspec.Struct, frozen=True, kw_only=True):
+class KeyVersionRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One version of one named context."""
 
     namespace: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, Literal, cast
 
@@ -43,6 +44,13 @@ FRESH_S: Final = 60.0
 """How far the time in an event's id and that of its storing may be apart in an event that counts as new: a producer's
 clock is seldom off by as much."""
 
+AHEAD_S: Final = 0.02
+"""What one process takes ahead of being able to begin it is as much as it begins in this time: enough to bridge the way
+to the server and back, and too little to keep from other processes."""
+
+MOST_AHEAD: Final = 256
+"""Most events taken ahead: with a function that takes no time at all, those of 10 ms."""
+
 _JITTER: Final = 0.25
 _READABLE_CHARS: Final = 40
 _NAME_CHARS: Final = 256
@@ -73,6 +81,9 @@ class Again(msgspec.Struct, frozen=True):
 
 
 Verdict = Again | Literal["final"]
+
+Settlement = Again | Literal["ack", "term"]
+"""How a delivery is settled: tried again, done, or given up."""
 
 
 def check_options(options: HandlerOptions) -> HandlerOptions:
@@ -151,14 +162,17 @@ def is_taken(options: HandlerOptions, name: str, originator: str | None) -> bool
     Results, errors and Holdfast's own events are for handlers whose pattern says so: ``a:*`` would else be handed what
     it brought about itself, without end.
     """
-    wanted, segments = options.pattern.split(":"), name.split(":")
+    return _is_named(options.pattern, name) and (not options.for_me or originator == options.agent)
+
+
+@lru_cache(1_024)  # of names that repeat: splitting both takes a microsecond an event
+def _is_named(pattern: str, name: str) -> bool:
+    wanted, segments = pattern.split(":"), name.split(":")
     if segments[0] == SYSTEM and wanted[0] != SYSTEM:
         return False
     if segments[-1] in (RESULT, ERROR) and wanted[-1] != segments[-1]:
         return False
-    if options.for_me and originator != options.agent:
-        return False
-    return fits(options.pattern, name)
+    return fits(pattern, name)
 
 
 def judge(
@@ -172,6 +186,23 @@ def judge(
         return "final"
     delay_s = backoff_s[min(attempt, len(backoff_s)) - 1] if backoff_s else 0.0
     return Again(delay_s * (1 + _JITTER * jitter))
+
+
+def delay_s(options: HandlerOptions, attempt: int) -> float:
+    """Returns after which time a delivery is tried again when nothing of the handler's has failed."""
+    backoff_s = options.backoff_s or (1.0,)
+    return backoff_s[min(attempt, len(backoff_s)) - 1]
+
+
+def events_ahead(concurrency: int, mean_s: float | None) -> int:
+    """Returns how many events a process takes beyond those that it can begin at once.
+
+    ``mean_s`` is how long the function works on one; while that is not known there are none, and of slow ones, which
+    another process could begin, neither.
+    """
+    if mean_s is None:
+        return 0
+    return int(min(MOST_AHEAD, concurrency * AHEAD_S / max(mean_s, 1e-6)))
 
 
 def kills_its_handler(attempt: int, max_deliver: int) -> bool:

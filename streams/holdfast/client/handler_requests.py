@@ -74,7 +74,10 @@ class Requests:
         self._waiting[asked.event_id] = future
         if early is not None:
             self._arrived(early)
-        look = asyncio.get_running_loop().create_task(self._look(asked, future))
+        looking: list[asyncio.Task[None]] = []
+        loop = asyncio.get_running_loop()
+        # A timer, not a task: most results are here before it is time to look.
+        first_look = loop.call_later(_FIRST_LOOK_S, lambda: looking.append(loop.create_task(self._look(asked, future))))
         try:
             async with asyncio.timeout(timeout_s):
                 outcome = await future
@@ -86,8 +89,10 @@ class Requests:
             ) from error
         finally:
             self._waiting.pop(asked.event_id, None)
-            look.cancel()
-            await asyncio.gather(look, return_exceptions=True)
+            first_look.cancel()
+            for look in looking:
+                look.cancel()
+            await asyncio.gather(*looking, return_exceptions=True)
         if outcome.name.endswith(f":{ERROR}"):
             raise error_of_data(outcome.data, event=asked.event_id)
         return outcome
@@ -125,11 +130,7 @@ class Requests:
     async def _look(self, asked: Event, future: asyncio.Future[Event]) -> None:
         """Asks now and then what is stored, until the future is done."""
         pause_s = _FIRST_LOOK_S
-        while True:
-            await asyncio.wait([future], timeout=pause_s)
-            if future.done():
-                return
-            pause_s = min(2 * pause_s, _LOOK_S)
+        while not future.done():
             for outcome in (RESULT, ERROR):
                 try:
                     answer = await self._resolver.call(
@@ -141,3 +142,5 @@ class Requests:
                 if answer["events"] and not future.done():
                     future.set_result(msgspec.convert(answer["events"][0], Event))
                     return
+            pause_s = min(2 * pause_s, _LOOK_S)
+            await asyncio.wait([future], timeout=pause_s)

@@ -12,22 +12,25 @@ import inspect
 import logging
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from holdfast.client import lineage
 from holdfast.client.cold import ResolverClient
 from holdfast.client.handler_control import CatchUp, Instruction, Redeliver, decode_instruction, instruct, receipt_mark
+from holdfast.client.handler_intake import HandlerCounters, Intake, Place, about
 from holdfast.client.handler_policy import (
     ERROR,
     RESULT,
     Again,
     HandlerOptions,
+    Settlement,
     as_typed,
     consumer_name,
     consumer_options,
     control_name,
+    delay_s,
     error_data,
     is_surely_new,
     is_taken,
@@ -38,9 +41,9 @@ from holdfast.client.handler_policy import (
 from holdfast.client.lineage_context import IdMint
 from holdfast.client.model import Event
 from holdfast.client.receipt_records import ReadRecorder, Record
+from holdfast.schemas import limits
 from holdfast.schemas.bodies import encode_json
 from holdfast.schemas.errors import (
-    ConfigurationError,
     GapError,
     HandlerError,
     HoldfastError,
@@ -54,10 +57,10 @@ from holdfast.schemas.lineage import RECEIPT
 from holdfast.streams.consumer import Delivery, DurableConsumer
 from holdfast.streams.dead import FailedHandler, bury
 from holdfast.streams.decode import decode_event
-from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
 from holdfast.streams.wire import EVENTS_STREAM, reply_subject
 
 if TYPE_CHECKING:
+    from holdfast.client.handler_writes import GroupedWrites
     from holdfast.client.store import Holdfast
     from holdfast.schemas.rows import EventRow
 
@@ -69,26 +72,22 @@ REMEMBERED: Final = 10_000
 _PAGE: Final = 200
 """Missed events that are taken up at once."""
 
-_REOPEN_S: Final = 1.0
 _ASK_AGAIN_S: Final = 1.0
 
-Settlement = Again | Literal["ack", "term"]
-
-
-class HandlerCounters(msgspec.Struct):
-    """Events done, passed over (not for this handler, or done before), handed back to be tried again, and given up."""
-
-    done: int = 0
-    skipped: int = 0
-    again: int = 0
-    dead: int = 0
+_LIGHT_RESULT_BYTES: Final = 16 * limits.KIB
+_LIGHT_RECEIPT: Final = 100
+"""What an event may leave behind, as a result or in references read and made, for its place to be another's while that
+is stored: as many events may end at once, it bounds what they hold by some megabytes."""
 
 
 class HandlerRunner:
     """Runs one handler in this process.  Others of its name, in any process, share its events with it."""
 
-    def __init__(self, hf: Holdfast, options: HandlerOptions, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, hf: Holdfast, options: HandlerOptions, function: Callable[..., Any], writes: GroupedWrites
+    ) -> None:
         self._hf = hf
+        self._writes = writes
         self.options = options
         self.consumer = consumer_name(hf.namespace, options.name)
         self._failing = FailedHandler(options.name, self.consumer)
@@ -106,100 +105,39 @@ class HandlerRunner:
         self._resolver = ResolverClient(hf.connection, hf.namespace)
         # Of its own: those that the event loop shares are few, and others wait for them too.
         self._threads = None if self._is_async else lineage.ThreadPool(options.concurrency, "holdfast-handler")
-        self._running: set[asyncio.Task[None]] = set()
+        self._control = control_name(self.consumer)
+        self._intake = Intake(self._consumer, options, self.counters, self._attend)
         self._in_hand: set[str] = set()
         self._done: dict[str, None] = {}
 
     async def open(self) -> None:
         """Creates the consumer, or goes on with the one that is there."""
-        await call_with_retry(self._consumer.open, deadline_s=WRITE_DEADLINE_S)
+        await self._intake.open()
 
     async def run(self) -> None:
         """Takes events as there is room for them.  Never returns; no event ends it."""
-        while True:
-            try:
-                await self._take()
-            except RetryError as error:
-                logger.warning(
-                    "handler cannot go on yet",
-                    extra={"action": "handler_retry", "handler": self.options.name, "error": str(error)},
-                )
-                await self._reopen()
+        await self._intake.run()
 
     async def stop_taking(self) -> None:
         """Takes no more events, and hands back what has arrived and was not begun."""
-        await self._consumer.close()
+        await self._intake.stop()
 
     async def finish(self, timeout_s: float) -> None:
         """Waits for what is running, then cancels the rest, which goes to others at once."""
-        if self._running:
-            await asyncio.wait(self._running, timeout=timeout_s)
-        left = list(self._running)
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await self._intake.finish(timeout_s)
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _take(self) -> None:
-        while len(self._running) >= self.options.concurrency:
-            await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-        # Never more than can be begun at once: what waits here could be run by another process.
-        for delivery in await self._consumer.fetch(self.options.concurrency - len(self._running)):
-            # A bare task: it settles its own delivery whatever happens, and finish() waits for it.
-            task = asyncio.get_running_loop().create_task(self._work(delivery), name=f"holdfast-{self.consumer}")
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-
-    async def _reopen(self) -> None:
-        await asyncio.sleep(_REOPEN_S)
-        await self._consumer.close()
-        try:
-            await self._consumer.open()
-        except ConfigurationError:
-            raise
-        except HoldfastError as error:
-            # Also what the server refuses, such as while it recovers; the next fetch comes back here.
-            logger.debug("the consumer is not there yet", extra={"action": "handler_retry", "error": str(error)})
-
-    async def _work(self, delivery: Delivery) -> None:
-        settlement: Settlement = Again(0.0)
-        try:
-            async with self._consumer.kept_alive(delivery):
-                settlement = await self._attend(delivery)
-        except asyncio.CancelledError:
-            await self._settle(delivery, Again(0.0))
-            raise
-        except Exception as error:
-            # Not of the handler's function: of what is around it.
-            logger.exception("a delivery could not be worked on", extra=self._about(delivery, error))
-            settlement = Again(self._delay_s(delivery))
-        await self._settle(delivery, settlement)
-
-    async def _settle(self, delivery: Delivery, settlement: Settlement) -> None:
-        try:
-            if isinstance(settlement, Again):
-                self.counters.again += 1
-                await self._consumer.nak(delivery, settlement.delay_s)
-            elif settlement == "term":
-                self.counters.dead += 1
-                await self._consumer.term(delivery)
-            else:
-                failpoint("handler.before_ack")
-                await self._consumer.ack(delivery)
-        except RetryError as error:
-            # It is delivered again when its time is up.
-            logger.debug("a delivery was not settled", extra=self._about(delivery, error))
-
-    async def _attend(self, delivery: Delivery) -> Settlement:
+    async def _attend(self, place: Place) -> Settlement:
+        delivery = place.delivery
         try:
             decoded = decode_event(delivery.message)
         except HoldfastError:
             self.counters.skipped += 1
             return "ack"  # no event: the archiver makes it a dead letter
         row = decoded.row
-        if row.name == control_name(self.consumer):
-            return await self._follow(row, delivery)
+        if row.name == self._control:
+            return await self._follow(row, place)
         if not is_taken(self.options, row.name, row.originator):
             self.counters.skipped += 1
             return "ack"
@@ -213,24 +151,25 @@ class HandlerRunner:
             created_ms=self._consumer.created_ms,
             duplicate_window_s=self._consumer.duplicate_window_s,
         )
-        return await self._handle(event_of_row(row), delivery, is_new=is_new)
+        return await self._handle(event_of_row(row), place, is_new=is_new)
 
-    async def _follow(self, row: EventRow, delivery: Delivery) -> Settlement:
+    async def _follow(self, row: EventRow, place: Place) -> Settlement:
         """Does what an instruction says."""
         instruction = decode_instruction(row.data)
         if isinstance(instruction, CatchUp):
-            return await self._catch_up(instruction, row, delivery)
+            return await self._catch_up(instruction, row, place.delivery)
         if isinstance(instruction, Redeliver):
             event = await self._find({"event_id": instruction.event_id})
             if event is not None and is_taken(self.options, event.name, event.originator):
-                return await self._handle(event, delivery)
+                return await self._handle(event, place)
         self.counters.skipped += 1
-        logger.warning("an instruction leads to no event", extra=self._about(delivery, None))
+        logger.warning("an instruction leads to no event", extra=about(self.options, place.delivery, None))
         return "ack"
 
-    async def _handle(self, event: Event, delivery: Delivery, *, is_new: bool = False) -> Settlement:
+    async def _handle(self, event: Event, place: Place, *, is_new: bool = False) -> Settlement:
+        delivery = place.delivery
         if self.options.idempotent and event.event_id in self._in_hand:
-            return Again(self._delay_s(delivery))  # delivered twice, and the first is not at its end
+            return Again(delay_s(self.options, delivery.attempt))  # delivered twice, and the first is not at its end
         self._in_hand.add(event.event_id)
         try:
             if self.options.idempotent and not is_new and await self._is_done(event):
@@ -243,7 +182,7 @@ class HandlerRunner:
                     cause="interrupted",
                     hint="does the event kill the process that works on it?",
                 )
-            await self._run(event)
+            await self._run(event, place)
         except Exception as error:  # noqa: BLE001  a handler may raise whatever it likes
             return await self._failed(event, delivery, error)
         finally:
@@ -251,7 +190,7 @@ class HandlerRunner:
         self.counters.done += 1
         return "ack"
 
-    async def _run(self, event: Event) -> None:
+    async def _run(self, event: Event, place: Place) -> None:
         options = self.options
         context = {**event.lineage, "agent_id": options.agent}
         recorder = ReadRecorder() if options.track else None
@@ -260,43 +199,56 @@ class HandlerRunner:
         with lineage.enter(context, reads=recorder, mint=mint):
             returned = await self._call(event, dict(context))
             failpoint("handler.after_run")
-            if returned is not None:
-                await self._result(event, returned)
+            result = None if returned is None else encode_json(returned, field="result")
+            if len(result or b"") <= _LIGHT_RESULT_BYTES and (recorder is None or recorder.count <= _LIGHT_RECEIPT):
+                place.leave()
+            if result is not None:
+                await self._result(event, result)
         failpoint("handler.after_result")
-        record = Record() if recorder is None else recorder.record()
         mark = receipt_mark(event.namespace, options.name, event.event_id) if options.idempotent else None
         if event.name != RECEIPT:  # the receipt of a receipt would have one in its turn
-            await self._hf.receipts.write(context, record, handler=options.name, receipt_id=mark)
+            record = Record() if recorder is None else recorder.record()
+            told = self._hf.receipts.events_of(context, record, handler=options.name, receipt_id=mark)
+            if told:
+                await self._writes.store(told)
         if mark is not None:
             self._remember(mark)
 
     async def _call(self, event: Event, context: dict[str, Any]) -> Any:
-        arguments = (event, context) if self._takes_context else (event,)
-        limit = asyncio.timeout(self.options.timeout_s)
         try:
-            async with limit:
-                if self._is_async:
-                    return await self._function(*arguments)
-                # In a thread, under this lineage; a time limit cannot end it there.
-                loop = asyncio.get_running_loop()
-                returned = await loop.run_in_executor(self._threads, self._function, *arguments)
-                return await returned if inspect.isawaitable(returned) else returned
+            if self.options.timeout_s is None:
+                return await self._invoke(event, context)
+            return await self._invoke_in_time(event, context, self.options.timeout_s)
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             # Nobody cancels this attempt: what it waited for was cancelled, and that is a failure like any other.
             raise RuntimeError("what the handler waited for was cancelled") from error
+
+    async def _invoke(self, event: Event, context: dict[str, Any]) -> Any:
+        arguments = (event, context) if self._takes_context else (event,)
+        if self._is_async:
+            return await self._function(*arguments)
+        # In a thread, under this lineage; a time limit cannot end it there.
+        returned = await asyncio.get_running_loop().run_in_executor(self._threads, self._function, *arguments)
+        return await returned if inspect.isawaitable(returned) else returned
+
+    async def _invoke_in_time(self, event: Event, context: dict[str, Any], timeout_s: float) -> Any:
+        limit = asyncio.timeout(timeout_s)
+        try:
+            async with limit:
+                return await self._invoke(event, context)
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise UnavailableError(
-                f"handler {self.options.name!r} did not end within {self.options.timeout_s} s",
+                f"handler {self.options.name!r} did not end within {timeout_s} s",
                 hint="give it more with timeout_s, if it is to take so long",
             ) from error
 
-    async def _result(self, event: Event, returned: object) -> None:
-        data = msgspec.json.decode(encode_json(returned, field="result"))
+    async def _result(self, event: Event, result: bytes) -> None:
+        data = msgspec.json.decode(result)
         # Named as the parent: an event of a long chain, such as a conversation's, is answered too.  No loop is made of
         # results alone, since each has a longer name.
         await self._tell(event, await self._hf.emit(f"{event.name}:{RESULT}", data, parent=event))
@@ -323,7 +275,9 @@ class HandlerRunner:
             jitter=random.random(),  # noqa: S311  spreads attempts, guards nothing
         )
         if isinstance(verdict, Again):
-            logger.warning("handler failed, and is run again", extra=self._about(delivery, error), exc_info=error)
+            logger.warning(
+                "handler failed, and is run again", extra=about(self.options, delivery, error), exc_info=error
+            )
             return verdict
         typed = as_typed(error, options.name)
         try:
@@ -331,9 +285,9 @@ class HandlerRunner:
             failpoint("handler.after_bury")
             await self._tell_failure(event, delivery, typed)
         except RetryError as failure:
-            logger.warning("a failed event could not be set aside yet", extra=self._about(delivery, failure))
-            return Again(self._delay_s(delivery))
-        logger.error("handler gave an event up", extra=self._about(delivery, error), exc_info=error)
+            logger.warning("a failed event could not be set aside yet", extra=about(self.options, delivery, failure))
+            return Again(delay_s(self.options, delivery.attempt))
+        logger.error("handler gave an event up", extra=about(self.options, delivery, error), exc_info=error)
         return "term"
 
     async def _tell_failure(self, event: Event, delivery: Delivery, error: HoldfastError) -> None:
@@ -350,7 +304,7 @@ class HandlerRunner:
                 )
         except InputError as refusal:
             # A name of sixteen segments has no room for another.  The dead letter tells it all.
-            logger.warning("a failure was not told as an event", extra=self._about(delivery, refusal))
+            logger.warning("a failure was not told as an event", extra=about(self.options, delivery, refusal))
             return
         await self._tell(event, outcome)
 
@@ -394,7 +348,7 @@ class HandlerRunner:
             page = await self._resolver.call("query", request)
         except RetryError as error:
             self._miss(error)
-            return Again(self._delay_s(delivery))
+            return Again(delay_s(self.options, delivery.attempt))
         instructions: list[tuple[Instruction, str]] = []
         for event in (msgspec.convert(item, Event) for item in page["events"]):
             if event.name == control_name(self.consumer):
@@ -428,24 +382,6 @@ class HandlerRunner:
                 hint="start a resolver: they are taken up when one answers",
             )
             logger.error("handler has missed events", extra={"action": "handler_gap", "handler": self.options.name})
-
-    def _delay_s(self, delivery: Delivery) -> float:
-        verdict = judge(
-            UnavailableError("not now"),
-            delivery.attempt,
-            max_deliver=delivery.attempt + 1,
-            backoff_s=self.options.backoff_s or (1.0,),
-        )
-        return verdict.delay_s if isinstance(verdict, Again) else 1.0
-
-    def _about(self, delivery: Delivery, error: Exception | None) -> dict[str, object]:
-        return {
-            "action": "handler_event",
-            "handler": self.options.name,
-            "seq": delivery.message.seq,
-            "attempt": delivery.attempt,
-            "error": repr(error),
-        }
 
 
 def event_of_row(row: EventRow) -> Event:

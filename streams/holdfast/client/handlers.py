@@ -30,12 +30,14 @@ from holdfast.client.handler_policy import (
     consumer_name,
 )
 from holdfast.client.handler_requests import Requests
-from holdfast.client.handler_runner import HandlerCounters, HandlerRunner
+from holdfast.client.handler_runner import HandlerRunner
+from holdfast.client.handler_writes import GroupedWrites
 from holdfast.schemas.errors import InvalidNameError, UnavailableError
 from holdfast.streams.consumer import ACK_WAIT_S, Start, delete_consumer
 from holdfast.streams.wire import EVENTS_STREAM
 
 if TYPE_CHECKING:
+    from holdfast.client.handler_intake import HandlerCounters
     from holdfast.client.model import Event
     from holdfast.client.store import Holdfast
 
@@ -55,6 +57,7 @@ class Handlers:
     def __init__(self, hf: Holdfast) -> None:
         self._hf = hf
         self._requests = Requests(hf)
+        self._writes = GroupedWrites(hf)
         self._runners: dict[str, HandlerRunner] = {}
         self._opened: dict[str, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -102,7 +105,7 @@ class Handlers:
         when an event is handed out again has the ids of the first time, and an event that was done is passed over;
         needs a resolver.  An attempt that fails is repeated after ``backoff_s`` (the last one for all further) until
         ``max_deliver``; InputError is final at once.  What is given up becomes a dead letter and
-        ``<event's name>:error``.  ``concurrency``: events at work at once in this process.  ``agent`` signs what is
+        ``<event's name>:error``.  ``concurrency``: functions at work at once in this process.  ``agent`` signs what is
         emitted (default: this client's).  ``track`` writes receipts.  ``for_me``: only events whose originator is
         that agent.  ``timeout_s`` bounds one attempt.  ``ack_wait_s``: how soon another process takes over from one
         that died; a living one says in time that it is still at work.
@@ -187,6 +190,7 @@ class Handlers:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(runner.stop_taking() for runner in runners))
         await asyncio.gather(*(runner.finish(timeout_s) for runner in runners))
+        await self._writes.close()
         for opened in self._opened.values():
             if not opened.done():
                 opened.set_exception(UnavailableError("the client is closing"))
@@ -199,7 +203,7 @@ class Handlers:
                 field="name",
                 hint="give each a name of its own, with name=",
             )
-        runner = HandlerRunner(self._hf, options, function)
+        runner = HandlerRunner(self._hf, options, function, self._writes)
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[None] = loop.create_future()
         self._runners[options.name] = runner

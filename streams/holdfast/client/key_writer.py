@@ -238,8 +238,7 @@ class KeyWriter:
     async def _drain(self, key: str, queue: deque[_Change]) -> None:
         try:
             while queue:
-                # One turn of the loop, so that what is handed in together is written together.
-                await asyncio.sleep(0)
+                # This is a later turn of the loop than the first change came in: what was handed in with it is here.
                 batch = [queue.popleft() for _ in range(min(len(queue), _BATCH_CHANGES))]
                 try:
                     await self._write(key, batch)
@@ -250,6 +249,9 @@ class KeyWriter:
                     _fail(batch, UnavailableError(f"the write failed unexpectedly: {error!r}"))
                 finally:
                     _fail(batch, UnavailableError("the write was abandoned while closing"))
+                if queue:
+                    # One turn, so that who was just answered and comes back is in the next batch.
+                    await asyncio.sleep(0)
         finally:
             del self._queues[key]
             _fail(queue, UnavailableError("the write was abandoned while closing"))

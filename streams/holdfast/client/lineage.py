@@ -148,8 +148,11 @@ def enter(context: Mapping[str, Any], *, reads: Recorder | None = None, mint: Id
     For those who run handlers; others use :func:`within`.
     """
     scope = Scope(dict(context), reads, mint)
-    with _entered(scope):
+    token = _current.set(scope)
+    try:
         yield scope
+    finally:
+        _current.reset(token)
 
 
 def scope() -> Scope | None:

@@ -41,7 +41,29 @@ class BodyReader:
 
     async def load(self, digests: list[Digest]) -> Loaded:
         """Returns whole contexts by digest; a damaged hot copy is passed over for a sound cold one."""
-        stored, tiers, failed = await self.load_stored(digests)
+        return await self._whole(await self.load_stored(digests))
+
+    async def load_one(self, digest: Digest) -> tuple[ContextRow | None, Tier]:
+        """Returns a whole context, or None, and where it was read; raises the error of one that cannot be served."""
+        hot: dict[Digest, ContextRow] = {}
+        damaged: dict[Digest, HoldfastError] = {}
+        try:
+            # A single direct get is one message each way; a batched one is two back.
+            row = await self._hot.get_stored(self._namespace, digest)
+        except HoldfastError as error:
+            damaged[digest] = error
+        else:
+            if row is not None:
+                if row.form != "manifest":
+                    return row, "hot"
+                hot[digest] = row
+        stored, tiers, failed = await self._whole(await self._with_cold([digest], hot, damaged))
+        if digest in failed:
+            raise failed[digest]
+        return stored.get(digest), tiers.get(digest, "hot")
+
+    async def _whole(self, loaded: Loaded) -> Loaded:
+        stored, tiers, failed = loaded
         broken = await self._join(stored)
         again = [digest for digest in broken if tiers[digest] == "hot"]
         if again:
@@ -55,9 +77,7 @@ class BodyReader:
 
     async def load_stored(self, digests: list[Digest]) -> Loaded:
         """Returns stored forms by digest; what only the lake holds takes a resolver."""
-        tiers: dict[Digest, Tier] = {}
         if len(digests) == 1:
-            # A single direct get is one message each way; a batched one is two back.
             try:
                 row = await self._hot.get_stored(self._namespace, digests[0])
                 hot, damaged = ({} if row is None else {digests[0]: row}), {}
@@ -65,7 +85,12 @@ class BodyReader:
                 hot, damaged = {}, {digests[0]: error}
         else:
             hot, damaged = await self._hot.get_stored_many(self._namespace, digests) if digests else ({}, {})
-        tiers |= dict.fromkeys(hot, "hot")
+        return await self._with_cold(digests, hot, damaged)
+
+    async def _with_cold(
+        self, digests: list[Digest], hot: dict[Digest, ContextRow], damaged: dict[Digest, HoldfastError]
+    ) -> Loaded:
+        tiers: dict[Digest, Tier] = dict.fromkeys(hot, "hot")
         left = [digest for digest in digests if digest not in hot]
         if not left:
             return hot, tiers, {}

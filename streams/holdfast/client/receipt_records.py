@@ -131,6 +131,11 @@ class ReadRecorder:
         with self._lock:
             self._carry(ref, EventId(event_id))
 
+    @property
+    def count(self) -> int:
+        """How many contexts were read and made so far."""
+        return len(self._read) + len(self._produced)
+
     def record(self) -> Record:
         """Returns what was noted so far."""
         with self._lock:

@@ -43,6 +43,7 @@ from holdfast.streams.events import check_id_text
 if TYPE_CHECKING:
     from holdfast.client.lineage_context import Lineage
     from holdfast.client.store import Holdfast
+    from holdfast.streams.events import NewEvent
 
 _PAGE: Final = 500
 _REMEMBERED: Final = 4_096
@@ -136,9 +137,22 @@ class Receipts:
         With a ``receipt_id`` it is stored in any case, once, and has no time of its own: the mark that the work is
         done.
         """
+        events = self.events_of(context, record, handler=handler, receipt_id=receipt_id)
+        if events:
+            await self._hf.publish_many(events)
+
+    def events_of(
+        self,
+        context: Mapping[str, Any],
+        record: Record,
+        *,
+        handler: str | None = None,
+        receipt_id: EventId | None = None,
+    ) -> list[NewEvent]:
+        """Returns the events that :meth:`write` stores, in this order; none when there is nothing to tell."""
         if receipt_id is None and record.is_empty:
-            return
-        events = receipt_events(
+            return []
+        return receipt_events(
             context,
             record,
             namespace=self._hf.namespace,
@@ -147,7 +161,6 @@ class Receipts:
             timestamp_ms=now_ms() if receipt_id is None else None,
             handler=handler,
         )
-        await self._hf.publish_many(events)
 
     async def record_read(self, context: Mapping[str, Any] | None, ref: Ref, size: int) -> None:
         """Stores, at once, that the event of ``context`` read a context; the same again changes nothing.

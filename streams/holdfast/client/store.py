@@ -151,7 +151,14 @@ class Holdfast(EventReader):
         Raises InputError for a body, kind or time that cannot be stored, UnknownOutcomeError when no acknowledgement
         came, EncryptionKeyError when there is no key.
         """
-        return (await self._put([self._new_context(body, kind, content_type, expires_at)], encrypt, lineage))[0]
+        context = self._new_context(body, kind, content_type, expires_at)
+        if encrypt or lineage is not None or current_scope() is not None:
+            return (await self._put([context], encrypt, lineage))[0]
+        # Most contexts are made outside any event, and nothing is noted of them.
+        ref = (await self._hot.put(context)).ref
+        now = now_ms()
+        self.cache.add(ref, _row_of(context, ref, now), now)
+        return ref
 
     async def put_many(
         self,
@@ -184,21 +191,22 @@ class Holdfast(EventReader):
         """
         # What the near cache holds was looked up under a well-formed reference: no need to take it apart again.
         if ref in self.cache:
-            row = self.cache.get(Ref(ref), now_ms())
+            row = self.cache.get(ref, now_ms())
             if row is not None:
-                return await self._tracked(Context(row, "cache", self.key_ring), track, lineage)
-        parse_ref(ref)
-        contexts, errors = await self._resolve([Ref(ref)])
-        if ref in errors:
-            raise errors[Ref(ref)]
-        context = contexts.get(Ref(ref))
-        if context is None:
+                context = Context(row, "cache", self.key_ring)
+                return await self._tracked(context, track, lineage) if _may_track(track) else context
+        row, tier = await self._reader.load_one(parse_ref(ref).digest)
+        now = now_ms()
+        # The kind is under the digest too: a reference that names another kind names nothing.
+        if row is None or row.ref != ref or _is_expired(row, now):
             raise NotFoundError(
                 f"no context {ref} in namespace {self.namespace!r}",
                 field="ref",
                 hint="it may have expired, or belong to another namespace",
             )
-        return await self._tracked(context, track, lineage)
+        self.cache.add(ref, row, now)
+        context = Context(row, tier, self.key_ring)
+        return await self._tracked(context, track, lineage) if _may_track(track) else context
 
     async def resolve_many(
         self, refs: Iterable[str], *, track: bool | None = None, lineage: Mapping[str, Any] | None = None
@@ -207,14 +215,13 @@ class Holdfast(EventReader):
 
         Two round trips for everything that is hot, whatever their number up to 1,000.  Errors as of :meth:`resolve`.
         """
-        wanted = [Ref(ref) for ref in dict.fromkeys(refs)]
-        for ref in wanted:
-            parse_ref(ref)
+        wanted = {Ref(ref): parse_ref(ref).digest for ref in refs}
         contexts, errors = await self._resolve(wanted)
         for error in errors.values():
             raise error
-        for context in contexts.values():
-            await self._tracked(context, track, lineage)
+        if _may_track(track):
+            for context in contexts.values():
+                await self._tracked(context, track, lineage)
         return Resolved(
             found={ref: contexts[ref] for ref in wanted if ref in contexts},
             missing=[ref for ref in wanted if ref not in contexts],
@@ -356,29 +363,28 @@ class Holdfast(EventReader):
             self.cache.add(put.ref, _row_of(context, put.ref, now), now)
         return [put.ref for put in puts]
 
-    async def _resolve(self, refs: list[Ref]) -> tuple[dict[Ref, Context], dict[Ref, HoldfastError]]:
+    async def _resolve(self, refs: Mapping[Ref, Digest]) -> tuple[dict[Ref, Context], dict[Ref, HoldfastError]]:
         now = now_ms()
         contexts: dict[Ref, Context] = {}
-        by_digest: dict[Digest, list[Ref]] = {}
-        for ref in refs:
+        left: dict[Ref, Digest] = {}
+        for ref, digest in refs.items():
             row = self.cache.get(ref, now)
             if row is not None:
                 contexts[ref] = Context(row, "cache", self.key_ring)
             else:
-                by_digest.setdefault(parse_ref(ref).digest, []).append(ref)
-        rows, tiers, failed = await self._reader.load(list(by_digest))
+                left[ref] = digest
+        rows, tiers, failed = await self._reader.load(list(dict.fromkeys(left.values())))
         errors: dict[Ref, HoldfastError] = {}
-        for digest, asked in by_digest.items():
-            for ref in asked:
-                if digest in failed:
-                    errors[ref] = failed[digest]
-                    continue
-                row = rows.get(digest)
-                # The kind is under the digest too: a reference that names another kind names nothing.
-                if row is None or row.ref != ref or _is_expired(row, now):
-                    continue
-                contexts[ref] = Context(row, tiers[digest], self.key_ring)
-                self.cache.add(ref, row, now)
+        for ref, digest in left.items():
+            if digest in failed:
+                errors[ref] = failed[digest]
+                continue
+            row = rows.get(digest)
+            # As in resolve: a reference that names another kind names nothing.
+            if row is None or row.ref != ref or _is_expired(row, now):
+                continue
+            contexts[ref] = Context(row, tiers[digest], self.key_ring)
+            self.cache.add(ref, row, now)
         return contexts, errors
 
     async def _tracked(self, context: Context, track: bool | None, lineage: Mapping[str, Any] | None) -> Context:
@@ -418,7 +424,7 @@ def _row_of(context: NewContext, ref: Ref, stored_at_ms: int) -> ContextRow:
     return ContextRow(
         namespace=context.namespace,
         kind=context.kind,
-        digest=parse_ref(ref).digest,
+        digest=Digest(ref.rpartition("_")[2]),
         content_type=context.content_type,
         body=context.body,
         size=len(context.body),
@@ -427,6 +433,14 @@ def _row_of(context: NewContext, ref: Ref, stored_at_ms: int) -> ContextRow:
         seq=0,
         expires_at_ms=context.expires_at_ms,
     )
+
+
+def _may_track(track: bool | None) -> bool:
+    """Whether a reading may have to be noted: seldom, and then it costs an await."""
+    if track is None:
+        scope = current_scope()
+        return scope is not None and scope.reads is not None
+    return track
 
 
 def _is_expired(row: ContextRow, at_ms: int) -> bool:

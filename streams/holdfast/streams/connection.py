@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 import nats.errors
@@ -19,9 +19,6 @@ from holdfast.streams.connection_target import ConnectionTarget, mask_url
 from holdfast.streams.lean import Lean
 from holdfast.streams.retry import ATTEMPT_S, NoResponderError
 from holdfast.streams.tolerant_client import TolerantClient
-
-if TYPE_CHECKING:
-    from nats.aio.client import Client
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +72,7 @@ _OBJECT: Final = msgspec.json.Decoder(dict[str, Any])
 class Connection:
     """A NATS client with its lean request layer.  Made by :func:`open_connection`."""
 
-    def __init__(self, client: Client, lean: Lean, target: ConnectionTarget) -> None:
+    def __init__(self, client: TolerantClient, lean: Lean, target: ConnectionTarget) -> None:
         self.client = client
         self.lean = lean
         self.target = target
@@ -209,7 +206,7 @@ async def open_connection(
             await _close(client)
 
 
-async def _close(client: Client) -> None:
+async def _close(client: TolerantClient) -> None:
     """Sends what is pending, bounded in time, and closes."""
     try:
         if client.is_connected:

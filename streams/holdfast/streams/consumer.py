@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
@@ -14,15 +13,16 @@ import nats.errors
 from holdfast.schemas import limits
 from holdfast.schemas.errors import DriftError, RetryError, UnavailableError
 from holdfast.streams.arrivals import next_of
-from holdfast.streams.connection import ApiError
+from holdfast.streams.connection import ApiError, Msg
 from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery, parse_time_ms
+from holdfast.streams.tolerant_client import read_headers
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import H_STATUS
 
 if TYPE_CHECKING:
     from nats.aio.subscription import Subscription
 
-    from holdfast.streams.connection import Connection, Msg
+    from holdfast.streams.connection import Connection
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,12 @@ class DurableConsumer:
         self._subscription = await self._connection.client.subscribe(
             f"{self._inbox}.*", cb=self._receive, pending_msgs_limit=0, pending_bytes_limit=0
         )
+        self._connection.client.divert(f"{self._inbox}.*", self._take)
+
+    @property
+    def asked_for(self) -> int:
+        """Messages that the pull which is under way may still bring; 0 when none is."""
+        return self._open_left if self._open_pull else 0
 
     async def fetch(self, limit: int | None = None) -> list[Delivery]:
         """Waits for messages and returns what has arrived; an empty list after a quiet while.
@@ -192,17 +198,6 @@ class DurableConsumer:
     async def term(self, delivery: Delivery) -> None:
         """Settles a delivery as given up: it is not delivered again."""
         await self._connection.lean.publish(delivery.ack_subject, b"+TERM")
-
-    @asynccontextmanager
-    async def kept_alive(self, delivery: Delivery) -> AsyncGenerator[None]:
-        """Keeps a delivery from being delivered again while the block lasts, however long that is."""
-        # A bare task: a task group would turn every error of the block into a group.
-        task = asyncio.get_running_loop().create_task(self._renew(delivery))
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     async def floor(self) -> int:
         """Returns the stream sequence up to which every message is settled."""
@@ -265,19 +260,17 @@ class DurableConsumer:
         config: dict[str, Any] = answer["config"]
         return config
 
-    async def _renew(self, delivery: Delivery) -> None:
-        while True:
-            await asyncio.sleep(self._ack_wait_s / 3)
-            try:
-                await self.in_progress(delivery)
-            except RetryError:
-                logger.debug("a delivery could not be renewed", exc_info=True)  # the next time, if it is still ours
-
     def _reconnected(self) -> None:
         self._queue.put_nowait(None)
 
     async def _receive(self, message: Msg) -> None:
         self._queue.put_nowait(message)
+
+    def _take(self, subject: bytes, reply: bytes, payload: bytes, block: bytes | None) -> bool:
+        """As :meth:`_receive`, from within the read loop: past a queue and a task of nats-py's for each message."""
+        texts = (subject.decode("utf-8", "replace"), reply.decode("utf-8", "replace"))
+        self._queue.put_nowait(Msg(self._connection.client, *texts, payload, read_headers(block)))
+        return True
 
     async def _pull(self, batch: int) -> None:
         self._pulls += 1

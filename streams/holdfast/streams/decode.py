@@ -29,6 +29,7 @@ from holdfast.schemas.refs import Ref, compute_digest, format_ref, parse_ref
 from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Op, Row, Table
 from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.codec import unseal
+from holdfast.streams.header_block import own_headers
 from holdfast.streams.hot import NewContext
 from holdfast.streams.wire import (
     H_MSG_ID,
@@ -128,7 +129,7 @@ def decode_context(message: StoredMessage) -> ContextRow:
     return unseal(
         namespace,
         digest,
-        message.headers,
+        own_headers(message.headers),
         message.payload,
         stored_at_ms=message.stored_at_ms,
         epoch=message.epoch,

@@ -13,7 +13,7 @@ import json
 from typing import Any, Final, cast
 
 from nats.errors import ProtocolError
-from nats.protocol.parser import AWAITING_CONTROL_LINE, AWAITING_MSG_PAYLOAD, Parser
+from nats.protocol.parser import Parser
 
 MAX_LINE_BYTES: Final = 1024 * 1024
 """Longest control line waited for: an INFO of a large cluster is some kilobytes."""
@@ -22,66 +22,78 @@ MAX_MESSAGE_BYTES: Final = 128 * 1024 * 1024
 """Largest message waited for: twice the most that a server can be set to pass on."""
 
 _END: Final = b"\r\n"
+_MESSAGES: Final = (b"MSG ", b"HMSG ")
+
+_Frame = tuple[bytes, int, bytes, int, int]
+"""A message's subject, subscription, reply subject, bytes of headers, bytes of headers and payload."""
 _NUMBER_DIGITS: Final = 18
 
 
 class FrameParser(Parser):
-    """nats-py's parser with its states, and with a reading of frames that no publisher can confuse."""
+    """nats-py's parser, with a reading of frames that no publisher can confuse.
+
+    A message whose subscription has a sink (``TolerantClient.sinks``) is handed to that at once, in the order of
+    arrival; what the sink does not take, and every other message, goes nats-py's way through a queue and a task.
+    """
 
     nc: Any
+
+    def reset(self) -> None:
+        """Forgets what has arrived in part; for a new connection."""
+        super().reset()
+        self._begun: _Frame | None = None
 
     async def parse(self, data: bytes = b"") -> None:
         """Takes in bytes from the server and dispatches each whole frame; raises ProtocolError for what is none."""
         buffer: bytearray = self.buf
-        buffer.extend(data)
-        while buffer:
-            if self.state == AWAITING_MSG_PAYLOAD:
-                if not await self._take_message(buffer):
-                    return
-                continue
-            end = buffer.find(_END)
-            if end < 0:
-                if len(buffer) > MAX_LINE_BYTES:
-                    raise ProtocolError("nats: control line without an end")
-                return
-            line = bytes(buffer[:end])
-            del buffer[: end + 2]
-            if line.startswith(b"MSG "):
-                self._begin_message(line[4:].split(b" "), has_headers=False)
-            elif line.startswith(b"HMSG "):
-                self._begin_message(line[5:].split(b" "), has_headers=True)
+        # What arrives is read where it lies; only the rest of it, half a frame, is kept for the next call.
+        source: bytes | bytearray = data
+        if buffer:
+            buffer.extend(data)
+            source = buffer
+        size, position = len(source), 0
+        frame, self._begun = self._begun, None
+        sinks, process_message = self.nc.sinks, self.nc._process_msg
+        taken = taken_bytes = 0
+        while position < size:
+            if frame is None:
+                end = source.find(_END, position)
+                if end < 0:
+                    if size - position > MAX_LINE_BYTES:
+                        raise ProtocolError("nats: control line without an end")
+                    break
+                line = bytes(source[position:end])
+                position = end + 2
+                if line.startswith(_MESSAGES):
+                    frame = _message(line.split(b" "))
+                else:
+                    await self._obey(line)
+                    continue
+            subject, sid, reply, header, needed = frame
+            end = position + needed
+            if size < end + 2:
+                break
+            if not source.startswith(_END, end):
+                raise ProtocolError("nats: message without an end")
+            headers = bytes(source[position : position + header]) if header else None
+            payload = bytes(source[position + header : end])
+            position, frame = end + 2, None
+            sink = sinks.get(sid)
+            if sink is not None and sink(subject, reply, payload, headers):
+                taken += 1
+                taken_bytes += len(payload)
             else:
-                await self._obey(line)
-
-    def _begin_message(self, tokens: list[bytes], *, has_headers: bool) -> None:
-        sizes = 2 if has_headers else 1
-        if len(tokens) - sizes not in (2, 3):
-            raise ProtocolError("nats: malformed message")
-        numbers = [_number(token) for token in (tokens[1], *tokens[-sizes:])]
-        self.needed = numbers[-1]
-        self.header_needed = numbers[1] if has_headers else 0
-        if self.header_needed > self.needed or self.needed > MAX_MESSAGE_BYTES:
-            raise ProtocolError("nats: malformed message size")
-        self.msg_arg["subject"] = tokens[0]
-        self.msg_arg["sid"] = numbers[0]
-        self.msg_arg["reply"] = tokens[2] if len(tokens) - sizes == 3 else b""
-        self.state = AWAITING_MSG_PAYLOAD
-
-    async def _take_message(self, buffer: bytearray) -> bool:
-        """Dispatches the message that was begun; returns False while it is not whole yet."""
-        needed, header = self.needed, self.header_needed
-        if len(buffer) < needed + 2:
-            return False
-        if not buffer.startswith(_END, needed):
-            raise ProtocolError("nats: message without an end")
-        headers = bytes(buffer[:header]) if header else None
-        payload = bytes(buffer[header:needed])
-        del buffer[: needed + 2]
-        self.header_needed = 0
-        self.state = AWAITING_CONTROL_LINE
-        given = self.msg_arg
-        await self.nc._process_msg(given["sid"], given["subject"], given["reply"], payload, headers)
-        return True
+                await process_message(sid, subject, reply, payload, headers)
+        if taken:
+            stats = self.nc.stats
+            stats["in_msgs"] += taken
+            stats["in_bytes"] += taken_bytes
+        if source is buffer:
+            del buffer[:position]
+        else:
+            buffer.extend(source[position:])
+        if self.buf is buffer:  # else the connection was lost meanwhile, and with it the rest of this message
+            self._begun = frame
 
     async def _obey(self, line: bytes) -> None:
         word, _, rest = line.partition(b" ")
@@ -98,6 +110,22 @@ class FrameParser(Parser):
                 await self.nc._process_info(_info(rest))
             case _:
                 raise ProtocolError("nats: unknown protocol")
+
+
+def _message(tokens: list[bytes]) -> _Frame:
+    """What the control line of a message says: ``MSG subject sid [reply] size``, ``HMSG`` with the size of the headers
+    before that."""
+    sizes = len(tokens[0]) - 2
+    reply = b""
+    if len(tokens) == 4 + sizes:
+        reply = tokens[3]
+    elif len(tokens) != 3 + sizes:
+        raise ProtocolError("nats: malformed message")
+    needed = _number(tokens[-1])
+    header = _number(tokens[-2]) if sizes == 2 else 0
+    if header > needed or needed > MAX_MESSAGE_BYTES:
+        raise ProtocolError("nats: malformed message size")
+    return tokens[1], _number(tokens[2]), reply, header, needed
 
 
 def _number(token: bytes) -> int:

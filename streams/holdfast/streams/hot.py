@@ -12,14 +12,13 @@ import msgspec
 from holdfast.schemas import limits
 from holdfast.schemas.errors import ConflictError, HoldfastError, RetryError, UnavailableError
 from holdfast.schemas.refs import JSON, Digest, Ref, format_ref
-from holdfast.streams.arrivals import next_of
 from holdfast.streams.codec import StoredForm, decode_manifest, inflate, join, require_chunks, seal, unseal
 from holdfast.streams.committer import Committer, Settled
 from holdfast.streams.connection import Connection, Msg
 from holdfast.streams.leader import last_at_leader
 from holdfast.streams.messages import parse_time_ms
 from holdfast.streams.publish import Outgoing
-from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, call_with_retry
+from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import (
     H_EXPECT_SUBJECT_SEQ,
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 
 _IN_THREAD_BYTES: Final = 64 * limits.KIB
 """Bodies over this are hashed and compressed in a thread: on the event loop they would take over 0.5 ms."""
+
+_ONLY_IF_NEW: Final = {H_EXPECT_SUBJECT_SEQ: "0"}
 
 _MULTI_GET: Final = 1000
 """Subjects in one batched direct get; the server answers 1,024 at most."""
@@ -77,6 +78,14 @@ class HotTier:
         self._replicas = replicas
         self._cold = cold
         self._committer = Committer(connection, verifier=self._verify)
+
+    async def put(self, context: NewContext) -> Put:
+        """Stores one context durably, as :meth:`put_many` does."""
+        if len(context.body) > limits.CHUNK_BYTES:
+            return (await self.put_many([context]))[0]
+        (form,) = await self._seal(context)
+        settled = await self._committer.store(_outgoing(context.namespace, form))
+        return Put(format_ref(context.kind, form.digest), settled.existed)
 
     async def put_many(self, contexts: Sequence[NewContext]) -> list[Put]:
         """Stores contexts durably and returns their outcomes in order.
@@ -200,20 +209,15 @@ class HotTier:
     async def _multi_last(self, subjects: list[str]) -> tuple[list[Msg], int]:
         """The newest message of each subject that has one, and the sequence up to which the answer is complete."""
         request = msgspec.json.encode({"multi_last": subjects})
-        messages: list[Msg] = []
-        async with self._connection.lean.stream(f"$JS.API.DIRECT.GET.{HOT_STREAM}", request) as queue:
-            while True:
-                try:
-                    message = await next_of(queue, ATTEMPT_S)
-                except TimeoutError as error:
-                    raise UnavailableError("the hot tier stopped answering a batched get") from error
-                status = _status(message)
-                if status is None:
-                    messages.append(message)
-                elif status in ("204", "404"):
-                    return messages, int(_header(message, H_UP_TO) or 0)
-                else:
-                    raise UnavailableError(f"the hot tier answered a batched get with {status!r}")
+        try:
+            messages = await self._connection.lean.collect(f"$JS.API.DIRECT.GET.{HOT_STREAM}", request, _is_closing)
+        except TimeoutError as error:
+            raise UnavailableError("the hot tier stopped answering a batched get") from error
+        closing = messages.pop()
+        status = _status(closing)
+        if status not in ("204", "404"):
+            raise UnavailableError(f"the hot tier answered a batched get with {status!r}")
+        return messages, int(_header(closing, H_UP_TO) or 0)
 
     async def _verify(self, messages: Sequence[Outgoing]) -> dict[str, Settled | HoldfastError]:
         """Tells of subjects that are taken whether they hold what was to be stored (equal digest, intact)."""
@@ -290,7 +294,7 @@ def _sealed(context: NewContext) -> list[StoredForm]:
 
 
 def _outgoing(namespace: str, form: StoredForm) -> Outgoing:
-    return Outgoing(hot_subject(namespace, form.digest), {**form.headers, H_EXPECT_SUBJECT_SEQ: "0"}, form.payload)
+    return Outgoing(hot_subject(namespace, form.digest), form.headers | _ONLY_IF_NEW, form.payload)
 
 
 def _row(namespace: str, digest: str, message: Msg) -> ContextRow:
@@ -328,6 +332,10 @@ async def _rows(namespace: str, messages: Sequence[Msg]) -> _Outcomes:
 def _status(message: Msg) -> str | None:
     """The status of a direct get's answer, or None when it is a message: that may carry a header Status of its own."""
     return None if _header(message, H_SEQUENCE) else _header(message, H_STATUS)
+
+
+def _is_closing(message: Msg) -> bool:
+    return _status(message) is not None
 
 
 def _header(message: Msg, name: str) -> str:

@@ -2,26 +2,25 @@
 
 nats-py's ``request`` and ``publish_async`` spend most of their time on a random token, a ``wait_for`` and a task for
 each message.  Here one subscription serves every request of a connection: reply subjects are counter tokens under a
-private inbox, and one sweeper enforces all deadlines.
+private inbox, one sweeper enforces all deadlines, and an answer goes from the read loop to whoever waits for it, past
+nats-py's queue and task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import nats.errors
+from nats.aio.msg import Msg
 
 from holdfast.schemas.errors import HoldfastError, UnavailableError, UnknownOutcomeError
 from holdfast.streams.retry import ATTEMPT_S, NoResponderError
+from holdfast.streams.tolerant_client import TolerantClient, read_headers
 from holdfast.streams.wire import H_SEQUENCE, H_STATUS
-
-if TYPE_CHECKING:
-    from nats.aio.client import Client
-    from nats.aio.msg import Msg
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +37,16 @@ class Lean:
     UnavailableError.  A cancelled waiter leaves nothing behind: its reply, if it comes, is dropped.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: TolerantClient) -> None:
         self._client = client
         self._inbox = client.new_inbox()
         self._prefix = f"{self._inbox}."
+        self._prefix_bytes = self._prefix.encode()
         self._skip = len(self._prefix)
         self._next_token = 0
         self._waiting: dict[str, tuple[asyncio.Future[Msg], float]] = {}
         self._batches: set[str] = set()
-        self._streams: dict[str, asyncio.Queue[Msg]] = {}
+        self._streams: dict[str, asyncio.Queue[Msg] | _Collection] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._subscription: Any = None
 
@@ -60,6 +60,7 @@ class Lean:
         self._subscription = await self._client.subscribe(
             f"{self._inbox}.*", cb=self._on_reply, pending_msgs_limit=0, pending_bytes_limit=0
         )
+        self._client.divert(f"{self._inbox}.*", self._take_reply)
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="holdfast-lean-sweeper")
         return self
 
@@ -101,7 +102,16 @@ class Lean:
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None, *, timeout_s: float = ATTEMPT_S
     ) -> Msg:
         """Publishes a request and awaits its reply; errors as of :meth:`send`."""
-        return await (await self.send(subject, payload, headers, timeout_s=timeout_s))
+        token = self.new_token()
+        future = self.expect(token, timeout_s=timeout_s)
+        # The usual case without a call that could wait: one request is some 10 us in all.
+        if not self._client.publish_now(subject, payload, self._prefix + token, headers):
+            try:
+                await self.publish(subject, payload, headers, reply_token=token)
+            except BaseException:
+                self._take(token)
+                raise
+        return await future
 
     def new_token(self) -> str:
         """Returns a reply token that this connection has not used before."""
@@ -132,12 +142,25 @@ class Lean:
         """Hands a message to the connection; with ``reply_token`` answers come back under that token."""
         if reply_token:
             reply = f"{self._prefix}{reply_token}"
+        if self._client.publish_now(subject, payload, reply, headers):
+            return
         try:
             await self._client.publish(subject, payload, reply=reply, headers=headers)
         except (nats.errors.Error, OSError) as error:
             raise UnavailableError(
                 f"cannot send to the NATS server: {type(error).__name__}", hint="check that the server runs"
             ) from error
+
+    def publish_now(
+        self, subject: str, payload: bytes, headers: dict[str, str], *, reply_token: str | None = None
+    ) -> bool:
+        """As :meth:`publish`, if that can be done at once; returns False, with nothing done, if it cannot."""
+        reply = f"{self._prefix}{reply_token}" if reply_token else ""
+        return self._client.publish_now(subject, payload, reply, headers)
+
+    def send_pending(self) -> None:
+        """Hands to the system what was published; it is done anyway, a turn of the event loop or two later."""
+        self._client.send_pending()
 
     @asynccontextmanager
     async def stream(
@@ -153,10 +176,39 @@ class Lean:
         finally:
             del self._streams[token]
 
+    def _take_reply(self, subject: bytes, reply: bytes, payload: bytes, block: bytes | None) -> bool:
+        if not subject.startswith(self._prefix_bytes):
+            return False
+        text = subject.decode("utf-8", "replace")
+        self._settle(
+            text[self._skip :], Msg(self._client, text, reply.decode("utf-8", "replace"), payload, read_headers(block))
+        )
+        return True
+
+    async def collect(
+        self, subject: str, payload: bytes, is_last: Callable[[Msg], bool], *, silence_s: float = ATTEMPT_S
+    ) -> list[Msg]:
+        """Publishes a request that is answered by many messages and returns them, up to the first for which ``is_last``
+        says so; raises TimeoutError when none came for ``silence_s`` seconds or a little more."""
+        token = self.new_token()
+        collection = self._streams[token] = _Collection(is_last)
+        seen = -1
+        try:
+            await self.publish(subject, payload, reply_token=token)
+            while seen < len(collection.messages):
+                seen = len(collection.messages)
+                await asyncio.wait((collection.done,), timeout=silence_s)
+                if collection.done.done():
+                    return collection.messages
+            raise TimeoutError
+        finally:
+            del self._streams[token]
+
     async def _on_reply(self, message: Msg) -> None:
-        if not message.subject.startswith(self._prefix):
-            return  # nothing that was asked for here
-        token = message.subject[self._skip :]
+        if message.subject.startswith(self._prefix):  # else nothing that was asked for here
+            self._settle(message.subject[self._skip :], message)
+
+    def _settle(self, token: str, message: Msg) -> None:
         if token not in self._waiting:
             queue = self._streams.get(token)
             if queue is not None:
@@ -192,7 +244,25 @@ class Lean:
                     )
 
 
+class _Collection:
+    """The messages that answer one request."""
+
+    def __init__(self, is_last: Callable[[Msg], bool]) -> None:
+        self.messages: list[Msg] = []  # bounded by what the request asks for
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._is_last = is_last
+
+    def put_nowait(self, message: Msg) -> None:
+        if self.done.done():
+            return  # nothing that was asked for
+        self.messages.append(message)
+        if self._is_last(message):
+            self.done.set_result(None)
+
+
 def is_no_responder(message: Msg) -> bool:
     """Whether a reply is the server's word that nobody listens, and not a stored message with such a header."""
-    headers = message.headers or {}
+    headers = message.headers
+    if not headers:
+        return False
     return headers.get(H_STATUS) == _NO_RESPONDERS and not message.data and H_SEQUENCE not in headers

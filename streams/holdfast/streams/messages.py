@@ -11,11 +11,12 @@ import msgspec
 from holdfast.schemas.errors import IntegrityError, UnavailableError
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
 _SHORT_ACK_TOKENS: Final = 9
 _ACK_PREFIX: Final = "$JS.ACK."
 
 
-class StoredMessage(msgspec.Struct, frozen=True):
+class StoredMessage(msgspec.Struct, frozen=True, gc=False):
     """One message at one position of one life of a stream.  ``stored_at_ms`` is the server's time, floored."""
 
     subject: str
@@ -30,7 +31,7 @@ def parse_time_ms(text: str) -> int:
     """Returns milliseconds since 1970 of the server's RFC 3339 time; raises IntegrityError when it is none."""
     try:
         # Floored, as everywhere: a row is the same whichever way it was read.
-        return (datetime.fromisoformat(text) - _EPOCH) // timedelta(milliseconds=1)
+        return (datetime.fromisoformat(text) - _EPOCH) // _MILLISECOND
     except (ValueError, TypeError) as error:  # a TypeError for a time without a zone
         raise IntegrityError(f"the server gave {text[:40]!r} as a time") from error
 
@@ -72,7 +73,7 @@ def message_of_delivery(
         ) from error
     message = StoredMessage(
         subject=subject,
-        headers=headers or {},
+        headers={} if headers is None else headers,
         payload=payload,
         seq=seq,
         stored_at_ms=stored_at_ns // 1_000_000,

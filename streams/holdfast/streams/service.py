@@ -1,7 +1,8 @@
 """Request-reply endpoints as a NATS service (ADR-32): discoverable, with errors that name the field and the limit.
 
 nats-py runs the handler of a subscription for one message at a time; here every request is a task of its own, and at
-most ``MAX_REQUESTS`` run at once: what comes beyond waits in the connection.
+most ``MAX_REQUESTS`` run at once: what comes beyond waits in the connection.  A request whose answer is at hand has no
+task: it is answered as it is read, and the answers of all that came together leave together.
 """
 
 from __future__ import annotations
@@ -12,26 +13,32 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import nats.errors
-from nats.micro.service import EndpointConfig, Service, ServiceConfig
+from nats.micro.service import EndpointConfig, Service, ServiceConfig, ServiceStats
 
 from holdfast.schemas import limits
 from holdfast.schemas.errors import HoldfastError, InvalidFieldError, TooLargeError
 from holdfast.schemas.names import check_namespace, decode_token
 from holdfast.schemas.undecodable import UNDECODABLE
+from holdfast.streams.tolerant_client import read_headers
 
 if TYPE_CHECKING:
     from nats.micro.request import Request
 
     from holdfast.streams.connection import Connection
+    from holdfast.streams.tolerant_client import Sink
 
 logger = logging.getLogger(__name__)
 
 MAX_REQUESTS: Final = 512
 """Requests under way at once: enough to keep the disk and the server busy, bounded for memory's sake."""
+
+_SUBJECTS: Final = 1_000
+"""Subjects whose namespace is remembered."""
 
 _FIELD_CHARS: Final = 100
 """Longest name of an unknown member repeated in an error."""
@@ -99,13 +106,41 @@ class Call:
 Handler = Callable[[Call], Awaitable[None]]
 
 
+class Answer(NamedTuple):
+    """What is sent in answer to a request."""
+
+    payload: bytes
+    headers: dict[str, str] | None = None
+
+
+AtHand = Callable[[str, bytes, Mapping[str, str]], "Answer | None"]
+"""Given namespace, payload and headers of a request, returns its answer if that is at hand, without waiting and in well
+under a millisecond; None for whatever else there is to it, which is then the handler's, errors included."""
+
+
 class EndpointCounters(msgspec.Struct):
-    """Requests answered, refused with a typed error, and failed unexpectedly; seconds spent."""
+    """Requests answered, of them those whose answer was ``at_hand``, refused with a typed error, and failed
+    unexpectedly; seconds spent."""
 
     answered: int = 0
     refused: int = 0
     failed: int = 0
     seconds: float = 0.0
+    at_hand: int = 0
+
+
+class _Service(Service):
+    """Tells also of requests that never reached nats-py."""
+
+    def __init__(self, connection: Connection, config: ServiceConfig, counters: Mapping[str, EndpointCounters]) -> None:
+        super().__init__(connection.client, config)
+        self._counters = counters
+
+    def stats(self) -> ServiceStats:
+        stats = super().stats()
+        for endpoint in stats.endpoints:
+            endpoint.num_requests += self._counters[endpoint.name].at_hand
+        return stats
 
 
 @asynccontextmanager
@@ -117,11 +152,13 @@ async def serve(
     description: str,
     endpoints: Mapping[str, tuple[str, Handler]],
     namespace_at: int | None = 1,
+    at_hand: Mapping[str, AtHand] | None = None,
 ) -> AsyncGenerator[dict[str, EndpointCounters]]:
     """Runs a NATS service while the block lasts; yields the counters of its endpoints, by name.
 
     ``endpoints``: name → (subject, handler).  ``namespace_at``: which token of the subject is the namespace; None for
-    endpoints that have none.  At the end no new request is taken, and those under way are waited for up to
+    endpoints that have none.  ``at_hand``: by the name of an endpoint, what answers at once what it can, before its
+    handler is asked.  At the end no new request is taken, and those under way are waited for up to
     ``DRAIN_S`` seconds, then cancelled.
     """
     room = asyncio.Semaphore(MAX_REQUESTS)
@@ -140,13 +177,17 @@ async def serve(
 
         return receive
 
-    service = Service(connection.client, ServiceConfig(name=name, version=version, description=description))
+    config = ServiceConfig(name=name, version=version, description=description)
+    service = _Service(connection, config, counters)
     await service.start()
     try:
         for endpoint, (subject, handler) in endpoints.items():
             await service.add_endpoint(
                 EndpointConfig(name=endpoint, subject=subject, handler=receiver(endpoint, handler))
             )
+        for endpoint, answer in (at_hand or {}).items():
+            taker = _taker(connection, answer, counters[endpoint], namespace_at)
+            connection.client.divert(endpoints[endpoint][0], taker)
         # Once this has returned, the server routes requests to us.
         await connection.client.flush()
         yield counters
@@ -162,6 +203,30 @@ async def serve(
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+def _taker(connection: Connection, at_hand: AtHand, counters: EndpointCounters, namespace_at: int | None) -> Sink:
+    client = connection.client
+
+    def take(subject: bytes, reply: bytes, payload: bytes, block: bytes | None) -> bool:
+        started = time.perf_counter()
+        try:
+            namespace = "" if namespace_at is None else _namespace_of(subject, namespace_at)
+            answer = at_hand(namespace, payload, read_headers(block) or {})
+            if answer is None or not client.publish_now(reply.decode(), answer.payload, "", answer.headers):
+                return False
+        except (HoldfastError, UnicodeDecodeError):
+            return False  # the handler refuses it, and says why
+        except Exception:
+            # Raised, it would end the read loop of the connection.
+            logger.exception("request failed", extra={"action": "request_failed", "subject": repr(subject)})
+            return False
+        counters.answered += 1
+        counters.at_hand += 1
+        counters.seconds += time.perf_counter() - started
+        return True
+
+    return take
 
 
 async def _answer(request: Request, handler: Handler, counters: EndpointCounters, namespace_at: int | None) -> None:
@@ -185,6 +250,11 @@ async def _answer(request: Request, handler: Handler, counters: EndpointCounters
 
 def _namespace(subject: str, position: int) -> str:
     return check_namespace(decode_token(subject.split(".")[position]))
+
+
+@lru_cache(_SUBJECTS)
+def _namespace_of(subject: bytes, position: int) -> str:
+    return _namespace(subject.decode(), position)
 
 
 async def _refuse(request: Request, error: HoldfastError) -> None:

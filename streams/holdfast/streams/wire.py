@@ -17,6 +17,7 @@ that a client waits for are told on ``ctx.<ns>.reply.<client>``, which no stream
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from holdfast.schemas import limits
@@ -192,7 +193,13 @@ def parse_hot_subject(subject: str) -> tuple[str, str]:
     tokens = subject.removeprefix(HOT_PREFIX).split(".")
     if not subject.startswith(HOT_PREFIX) or len(tokens) != 2:
         raise InvalidNameError(f"subject {subject[:120]!r} is not {HOT_PREFIX}<namespace>.<digest>", field="subject")
-    return check_namespace(decode_token(tokens[0])), tokens[1]
+    return _namespace_of(tokens[0]), tokens[1]
+
+
+@lru_cache(256)
+def _namespace_of(token: str) -> str:
+    # A stream of a hundred thousand contexts names a few namespaces.
+    return check_namespace(decode_token(token))
 
 
 def parse_key_subject(subject: str) -> tuple[str, str]:

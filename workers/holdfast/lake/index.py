@@ -439,21 +439,24 @@ def _items(table: Table, batch: Any, places: Sequence[bytes]) -> list[tuple[byte
 
 
 def _files_since(snapshot: Snapshot, stamp: Stamp) -> list[FileEntry] | None:
-    """Returns the files appended after a stamp; None when the stamp is not of this table's past."""
+    """Returns the files with rows that a stamp does not cover; None when the stamp is not of this table's past."""
     if stamp.table_id != snapshot.table_id or stamp.version > snapshot.version:
         return None
     try:
         covered = read_commit(snapshot.directory, stamp.version)
         if covered is None or covered.fingerprint != stamp.fingerprint:
             return None
+        unknown = set(stamp.skipped)
         entries: list[FileEntry] = []
         for version in range(stamp.version + 1, snapshot.version + 1):
             commit = read_commit(snapshot.directory, version)
             if commit is None:
                 return None
-            # A compaction's files hold rows that are known already, but for those that it took from files appended,
-            # and taken out again, since the stamp.
+            # What compaction makes of files that are known, all of them, holds nothing new.
+            if commit.info.get("action") == "compact" and unknown.isdisjoint(gone.path for gone in commit.removals):
+                continue
             entries.extend(commit.adds)
+            unknown.update(entry.path for entry in commit.adds)
     except TornCommitError:
         return None
     live = [entry for entry in entries if entry.path in snapshot.files]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from holdfast.lake.quarantine import problem_of
-from holdfast.lake.table import CommitReport, LakeTable, TableStatistics
+from holdfast.lake.table import Append, CommitReport, LakeTable, TableStatistics
 from holdfast.schemas.rows import TABLES, Anchor, Position, Row, Table
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ class Lake:
     ) -> CommitReport:
         """Makes one run of a stream part of its table; the contract is that of :meth:`LakeTable.append`."""
         return self._tables[table].append(rows, epoch=epoch, first_seq=first_seq, last_seq=last_seq, anchors=anchors)
+
+    def begin_append(self, table: Table, *, epoch: str, first_seq: int) -> Append:
+        """Begins a run of a stream into its table; the contract is that of :meth:`LakeTable.begin_append`."""
+        return self._tables[table].begin_append(epoch=epoch, first_seq=first_seq)
 
     def files(self, table: Table) -> tuple[FileEntry, ...]:
         """Returns the files of a table, by epoch and sequence."""

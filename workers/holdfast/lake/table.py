@@ -24,7 +24,7 @@ from holdfast.lake.commit import (
 )
 from holdfast.lake.log import FileEntry, Snapshot, follow, list_checkpoints, load_snapshot, read_commit
 from holdfast.lake.quarantine import Quarantine
-from holdfast.lake.writer import WrittenFile, remove_files, require_kept, write_rows
+from holdfast.lake.writer import RowsWriter, WrittenFile, remove_files, require_kept
 from holdfast.schemas.errors import DataDirectoryError, FenceError, UnavailableError
 from holdfast.schemas.rows import Anchor, Position, Row, Table
 
@@ -160,18 +160,33 @@ class LakeTable:
     ) -> CommitReport:
         """Makes the rows of one contiguous run of the stream part of the table, all or none.
 
-        ``first_seq`` must be one after the epoch's watermark; in an epoch that has none yet, the caller states the
-        start.  ``rows`` ascend within ``first_seq`` to ``last_seq`` and may be fewer, or none: the watermark
-        advances to ``last_seq`` all the same.  They are consumed one by one, so they need not all be in memory.
-
-        Raises FenceError when another process has advanced the epoch: nothing of this run was committed.  A process
-        killed at any point leaves the run committed as a whole or not at all; the watermark says which.
+        ``rows`` ascend within ``first_seq`` to ``last_seq`` and may be fewer, or none: the watermark advances to
+        ``last_seq`` all the same.  They are consumed one by one, so they need not all be in memory.  What is raised,
+        and what a kill leaves, is as :class:`Append` says.
         """
         if not 0 < first_seq <= last_seq:
             raise ValueError(f"run from {first_seq} to {last_seq} is empty or begins before 1")
         with self._lock:
+            run = self.begin_append(epoch=epoch, first_seq=first_seq)
+            run.write(rows, up_to=last_seq)
+            return run.commit(last_seq, anchors)
+
+    def begin_append(self, *, epoch: str, first_seq: int) -> Append:
+        """Begins a run of the stream, of which the length is not known yet.
+
+        ``first_seq`` must be one after the epoch's watermark, or a FenceError is raised; in an epoch that has none yet,
+        the caller states the start.
+        """
+        with self._lock:
             self._expected(self.refresh(), epoch, first_seq)
-            written = write_rows(self.name, self.directory, _within(rows, first_seq, last_seq), epoch=epoch)
+        return Append(self, epoch, first_seq)
+
+    def commit_append(
+        self, writer: RowsWriter, *, epoch: str, first_seq: int, last_seq: int, anchors: Sequence[Anchor]
+    ) -> CommitReport:
+        """Makes what was written part of the table; for :class:`Append`, whose contract it is."""
+        with self._lock:
+            written = writer.finish()
             version = self._commit_append(written, epoch, first_seq, last_seq, anchors)
             if self._snapshot.version == version and self._checkpoint_is_due(version):
                 write_checkpoint(self._snapshot)
@@ -259,6 +274,44 @@ class LakeTable:
             f"{self.directory} was committed to by others {COMMIT_ATTEMPTS} times in a row",
             hint="see which other process commits to this lake",
         )
+
+
+class Append:
+    """One contiguous run of the stream on its way into a table: written as it comes, committed whole or not at all.
+
+    One thread at a time.  :meth:`commit` raises FenceError when another process has advanced the epoch: nothing of this
+    run was committed.  A process killed at any point leaves the run committed as a whole or not at all; the watermark
+    says which.
+    """
+
+    def __init__(self, table: LakeTable, epoch: str, first_seq: int) -> None:
+        self._table = table
+        self._epoch = epoch
+        self._first_seq = first_seq
+        self._writer: RowsWriter | None = RowsWriter(table.name, table.directory, epoch=epoch)
+
+    def write(self, rows: Iterable[Row], *, up_to: int) -> None:
+        """Writes rows to files that nobody sees yet.
+
+        They ascend from the last one written, and none is beyond ``up_to``; raises ValueError otherwise, and
+        InvalidFieldError when a value does not fit its column.  After any error there is nothing left of the run.
+        """
+        assert self._writer is not None, "the run has ended"
+        self._writer.write(_within(rows, self._first_seq, up_to))
+
+    def commit(self, last_seq: int, anchors: Sequence[Anchor] = ()) -> CommitReport:
+        """Makes the run, up to ``last_seq``, part of the table; when it returns, that is durable."""
+        writer, self._writer = self._writer, None
+        assert writer is not None, "the run has ended"
+        return self._table.commit_append(
+            writer, epoch=self._epoch, first_seq=self._first_seq, last_seq=last_seq, anchors=anchors
+        )
+
+    def discard(self) -> None:
+        """Removes what was written of a run that will not be committed; does nothing once :meth:`commit` was called."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.discard()
 
 
 def _within(rows: Iterable[Row], first_seq: int, last_seq: int) -> Iterator[Row]:

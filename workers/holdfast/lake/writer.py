@@ -205,35 +205,69 @@ class FileWriter:
             self.discard()
 
 
-def write_rows(table: Table, directory: Path, rows: Iterable[Row], *, epoch: str) -> list[WrittenFile]:
-    """Writes rows, in ascending sequence, to one file for each day they were stored on; returns the files.
+class RowsWriter:
+    """Writes rows, in ascending sequence, to one file for each day they were stored on, as they come.
 
-    Holds one row group for each day in memory.  Raises ValueError when a row is of another table or epoch or out of
-    order, InvalidFieldError when a value does not fit; then nothing is left behind.
+    Holds one row group for each day in memory.  After an error of :meth:`write` or :meth:`finish`, and after
+    :meth:`discard`, nothing is left behind, and nothing more can be written.
     """
-    partitions: dict[str, _Partition] = {}
-    written: list[WrittenFile] = []
-    last_seq = -1
-    # Rows of one millisecond-day are neighbours: the day's text is worked out once a day, not once a row.
-    day_number, day = -1, ""
-    try:
-        for row in rows:
-            if row.seq <= last_seq or row.epoch != epoch:
-                raise ValueError(f"row {row.epoch}/{row.seq} follows {epoch}/{last_seq}: rows must ascend in one epoch")
-            last_seq = row.seq
-            if row.stored_at_ms // _MS_PER_DAY != day_number:
-                day_number, day = row.stored_at_ms // _MS_PER_DAY, day_of(row.stored_at_ms)
-            partition = partitions.get(day)
-            if partition is None:
-                partition = partitions[day] = _Partition(FileWriter(table, directory, day, epoch))
-            partition.add(row)
-        written.extend(partition.finish() for partition in partitions.values())
-    except BaseException:
-        for partition in partitions.values():
+
+    def __init__(self, table: Table, directory: Path, *, epoch: str) -> None:
+        self._table: Table = table
+        self._directory = directory
+        self._epoch = epoch
+        self._partitions: dict[str, _Partition] = {}
+        self._last_seq = -1
+        # Rows of one millisecond-day are neighbours: the day's text is worked out once a day, not once a row.
+        self._day_number = -1
+        self._partition: _Partition | None = None
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Takes in rows; raises ValueError when one is of another table or epoch or out of order, InvalidFieldError
+        when a value does not fit."""
+        try:
+            for row in rows:
+                if row.seq <= self._last_seq or row.epoch != self._epoch:
+                    raise ValueError(
+                        f"row {row.epoch}/{row.seq} follows {self._epoch}/{self._last_seq}: "
+                        "rows must ascend in one epoch"
+                    )
+                self._last_seq = row.seq
+                if self._partition is None or row.stored_at_ms // _MS_PER_DAY != self._day_number:
+                    self._day_number = row.stored_at_ms // _MS_PER_DAY
+                    self._partition = self._partition_of(day_of(row.stored_at_ms))
+                self._partition.add(row)
+        except BaseException:
+            self.discard()
+            raise
+
+    def finish(self) -> list[WrittenFile]:
+        """Makes the files durable under their final names and returns them."""
+        try:
+            # The names of new partitions and of renamed files are durable; the temporary folder need not be.
+            return [partition.finish() for partition in self._partitions.values()]
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Removes what was written; none of it must have been committed."""
+        for partition in self._partitions.values():
             partition.writer.discard()
-        raise
-    # The names of new partitions and of renamed files are durable; the temporary folder need not be.
-    return written
+
+    def _partition_of(self, day: str) -> _Partition:
+        partition = self._partitions.get(day)
+        if partition is None:
+            writer = FileWriter(self._table, self._directory, day, self._epoch)
+            partition = self._partitions[day] = _Partition(writer)
+        return partition
+
+
+def write_rows(table: Table, directory: Path, rows: Iterable[Row], *, epoch: str) -> list[WrittenFile]:
+    """Writes rows, in ascending sequence, and returns the files; the contract is that of :class:`RowsWriter`."""
+    writer = RowsWriter(table, directory, epoch=epoch)
+    writer.write(rows)
+    return writer.finish()
 
 
 class _Partition:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from holdfast.lake.joints import to_joint
 from holdfast.schemas import limits
 from holdfast.schemas.errors import ConflictError, HoldfastError, UnavailableError
+from holdfast.schemas.refs import Digest
 from holdfast.schemas.rows import Anchor, ContextRow, EventRow, KeyVersionRow, Row, Table
 from holdfast.streams.decode import decode_context, decode_event, decode_key_version
 from holdfast.streams.hot import NewContext
 from holdfast.streams.messages import StoredMessage
 
-if TYPE_CHECKING:
-    from holdfast.schemas.refs import Digest
-
 ANCHOR_EVERY: Final = 1_000
 """An anchor for each thousand messages, and one for the last: what a lost tail is measured against."""
 
-DECODED_BYTES: Final = 128 * limits.MIB
-"""Most bytes of one run in memory, bodies inflated: a thousandfold compressed, a small run could fill any."""
+DECODED_BYTES: Final = 32 * limits.MIB
+"""Most bytes decoded at once, bodies inflated: a thousandfold compressed, a small run could fill any memory."""
 
 EventKey = tuple[str, str]
 VersionKey = tuple[str, str, int]
@@ -38,13 +36,26 @@ class Rejected(msgspec.Struct, frozen=True):
 class DecodedRun(msgspec.Struct, frozen=True):
     """A run of messages, decoded: rows in stream order, what came inline at which sequence, what is none of ours.
 
-    ``taken`` says of how many messages: less than were given when they inflate beyond the bound.
+    ``taken`` says of how many messages: less than were given when they inflate beyond the bound.  ``size`` is what
+    payloads and bodies have in bytes.
     """
 
     rows: list[Row]
     inline: list[tuple[int, NewContext]]
     rejected: list[Rejected]
     taken: int
+    size: int
+
+
+class Decided(msgspec.Struct):
+    """What the earlier pieces of a run bring, which the later ones are measured against.
+
+    ``digests`` of the contexts, ``chunks`` those of them that are chunks, ``by_key`` the events or key versions.
+    """
+
+    digests: set[Digest] = set()
+    chunks: set[Digest] = set()
+    by_key: dict[EventKey | VersionKey, Row] = {}
 
 
 class Deduplicated(msgspec.Struct, frozen=True):
@@ -83,15 +94,16 @@ def decode_run(table: Table, messages: Sequence[StoredMessage], *, max_bytes: in
                 rows.append(decode_key_version(message))
         except HoldfastError as error:
             rejected.append(Rejected(message, error))
-    return DecodedRun(rows, inline, rejected, taken)
+    return DecodedRun(rows, inline, rejected, taken, size)
 
 
-def deduplicate_contexts(rows: Sequence[Row], archived: Container[Digest]) -> list[Row]:
+def deduplicate_contexts(rows: Sequence[Row], archived: Container[Digest], decided: Decided | None = None) -> list[Row]:
     """Returns the rows with each digest's body once: one that the lake, or an earlier row, holds becomes a touch.
 
     A context is stored again only after it had left the hot tier; retention then counts from the last storing.
+    ``decided`` is what the run brought so far, and is brought up to it.
     """
-    seen: set[Digest] = set()
+    seen = Decided().digests if decided is None else decided.digests
     kept: list[Row] = []
     for row in rows:
         if not isinstance(row, ContextRow):
@@ -104,20 +116,28 @@ def deduplicate_contexts(rows: Sequence[Row], archived: Container[Digest]) -> li
     return kept
 
 
-def join_contexts(rows: Sequence[Row], archived: Container[Digest]) -> list[Row]:
-    """Returns the rows with chunks of chunks as joints, of which the lake holds, or gets with these rows, every part.
+def join_contexts(rows: Sequence[Row], archived: Container[Digest], decided: Decided | None = None) -> list[Row]:
+    """Returns the rows with chunks of chunks as joints, of which the lake holds, or gets with this run, every part.
 
-    ``rows`` are deduplicated; ``archived`` tells of their parts as well.
+    ``rows`` are deduplicated; ``archived`` tells of their parts as well.  ``decided`` is what the run brought so far,
+    and is brought up to it.
     """
     contexts = [row for row in rows if isinstance(row, ContextRow)]
-    brought = {row.digest for row in contexts if row.form == "chunk"}
+    brought = Decided().chunks if decided is None else decided.chunks
+    brought.update(row.digest for row in contexts if row.form == "chunk")
     held = {digest for row in contexts for digest, _ in row.parts if digest in brought or digest in archived}
     return [to_joint(row, held) if isinstance(row, ContextRow) else row for row in rows]
 
 
-def deduplicate_by_key(rows: Sequence[Row], archived: Container[EventKey | VersionKey]) -> Deduplicated:
-    """Returns events, or key versions, with each key once; a repetition is told from a contradiction by content."""
-    first: dict[EventKey | VersionKey, Row] = {}
+def deduplicate_by_key(
+    rows: Sequence[Row], archived: Container[EventKey | VersionKey], decided: Decided | None = None
+) -> Deduplicated:
+    """Returns events, or key versions, with each key once; a repetition is told from a contradiction by content.
+
+    ``decided`` is what the run brought so far, and is brought up to it.
+    """
+    first = Decided().by_key if decided is None else decided.by_key
+    kept: list[Row] = []
     repeated = 0
     contested: list[Row] = []
     for row in rows:
@@ -132,7 +152,8 @@ def deduplicate_by_key(rows: Sequence[Row], archived: Container[EventKey | Versi
             contested.append(row)
         else:
             first[key] = row
-    return Deduplicated(list(first.values()), repeated, contested)
+            kept.append(row)
+    return Deduplicated(kept, repeated, contested)
 
 
 def key_of(row: Row) -> EventKey | VersionKey:
@@ -173,6 +194,15 @@ def anchors_of(rows: Sequence[Row]) -> list[Anchor]:
     if rows and (not chosen or chosen[-1].seq != rows[-1].seq):
         chosen.append(rows[-1])
     return [Anchor(row.seq, row.stored_at_ms, identity_of(row)) for row in chosen]
+
+
+def continue_anchors(earlier: Sequence[Anchor], rows: Sequence[Row]) -> list[Anchor]:
+    """Returns the anchors of a run of which ``earlier`` are those so far, and ``rows`` come next."""
+    if not rows:
+        return list(earlier)
+    # The last one stood for the end, which is another one now.
+    kept = earlier if not earlier or earlier[-1].seq % ANCHOR_EVERY == 0 else earlier[:-1]
+    return [*kept, *anchors_of(rows)]
 
 
 def identity_of(row: Row) -> str:

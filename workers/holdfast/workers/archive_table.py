@@ -2,12 +2,16 @@
 
 A cycle, with what a crash after each step leaves behind:
 
-1. read a contiguous run from the watermark + 1 — nothing has changed;
+1. read a contiguous run from the watermark + 1, a piece at a time — nothing has changed;
 2. decode, leave out repetitions — nothing has changed;
 3. store inline contexts, bury what cannot be processed — both are create-once, a redo changes nothing;
-4. write Parquet, fsync, rename, fsync — a file that no commit names is no part of the table;
+4. write Parquet, and once all pieces are written fsync, rename, fsync — a file that no commit names is no part of the
+   table;
 5. commit to the Delta log, fsync — the run is archived; from here on a redo begins after it;
 6. tell who waits for it — a waiter of a dead process asks again.
+
+Steps 1 and 2 of the next piece, also of the next run, are done while the others are at work; what was read ahead is
+thrown away with the connection that it came by, and after any error.
 
 The Delta commit refuses a run that does not begin where the last one ended, so of several archivers, or of one that was
 paused and wakes late, one commits and the others throw their work away.
@@ -35,10 +39,10 @@ from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import StreamInfo, begin_epoch, mark_heads_archived, stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
 from holdfast.workers.alarms import end_alarms, raise_alarm, read_alarms
+from holdfast.workers.archive_intake import Intake, Piece
 from holdfast.workers.archive_plan import (
-    DecodedRun,
+    Decided,
     Rejected,
-    anchors_of,
     contradiction,
     decode_run,
     deduplicate_by_key,
@@ -47,6 +51,7 @@ from holdfast.workers.archive_plan import (
     key_of,
     same_content,
 )
+from holdfast.workers.archive_run import Run
 from holdfast.workers.lost_heads import restore_heads
 from holdfast.workers.manifest_check import ManifestChecker
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, check_anchors
@@ -63,10 +68,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-READ_BYTES: Final = 64 * limits.MIB
-"""Most bytes of messages in one run."""
-
-_LEAST_READ_BYTES: Final = 1 * limits.MIB
 _COMPARED: Final = 5_000
 _COMPARED_BYTES: Final = 16 * limits.MIB
 
@@ -116,9 +117,8 @@ class TableArchiver:
         self._index = index
         self._executor = executor
         self._manifests = ManifestChecker(hot, lake, index, self._in_thread)
-        self._reader: StreamReader | None = None
+        self._intake: Intake | None = None
         self._checked_reconnects = -1
-        self._read_bytes = READ_BYTES
         self.archived_seq = 0
         self._marks = StreamMarks(lake.path)
         self._last_mark: Mark | None = None
@@ -134,50 +134,60 @@ class TableArchiver:
         or purged until that is mended.  A FenceError means that another archiver was faster, and is no fault.
         """
         info = await self._checked()
-        if self._reader is None:
+        if self._intake is None:
             self.mark = watermark = await self.watermark()
-            self._reader = StreamReader(
+            reader = StreamReader(
                 self._connection, self.stream, _start(watermark, info), allow_gaps=self.table == "key_versions"
             )
-        reader = self._reader
-        first_seq = reader.next_seq
+            self._intake = Intake(self.table, reader)
+        intake = self._intake
+        run = Run(self._lake, self.table, intake.next_seq)
+        dead = 0
         try:
-            messages, info = await reader.read(limit=limit, up_to=up_to, max_bytes=self._read_bytes)
-            self.archived_seq = first_seq - 1
-            if reader.next_seq == first_seq:
+            while run.spanned < limit and not run.is_full:
+                piece = await self._next_piece(intake, run, limit=limit, up_to=up_to)
+                self.archived_seq = run.first_seq - 1
+                if piece is None:
+                    break
+                if not run.spanned:
+                    await self._in_thread(lambda: self._index.refresh(self._lake))
+                rows, rejected = await self._prepare(piece, run.decided)
+                for letter in rejected:
+                    await bury(self._connection, self.stream, letter.message, letter.error)
+                await self._in_thread(partial(run.write, piece, rows))
+                dead += len(rejected)
+            if not run.spanned:
                 return 0
-            run = await self._in_thread(lambda: decode_run(self.table, messages))
-            last_seq = await self._end_of(run, messages, reader)
-            rows, rejected = await self._prepare(run, messages)
-            for letter in rejected:
-                await bury(self._connection, self.stream, letter.message, letter.error)
-            await self._in_thread(
-                lambda: self._lake.append(
-                    self.table,
-                    rows,
-                    epoch=info.epoch,
-                    first_seq=first_seq,
-                    last_seq=last_seq,
-                    anchors=anchors_of(rows),
-                )
-            )
+            self.mark = await self._in_thread(run.commit)
         except BaseException as error:
-            # Whatever went wrong, the next cycle begins where the lake says.
-            self._reader = None
-            await reader.close()
+            # Whatever went wrong, the next cycle begins where the lake says.  In the lake's thread, which may still be
+            # at work for a cycle that was cancelled: a commit that has begun is not undone.
+            self._executor.submit(run.discard)
+            self._intake = None
+            await intake.close()
             if isinstance(error, GapError):
-                await self._raise_overtaken(info, first_seq)
+                await self._raise_overtaken(info, run.first_seq)
             raise
-        self.archived_seq = last_seq
-        self.mark = Position(info.epoch, last_seq)
+        self.archived_seq = run.last_seq
         self.counters.cycles += 1
-        self.counters.rows += len(rows)
-        self.counters.dead += len(rejected)
+        self.counters.rows += run.rows
+        self.counters.dead += dead
         logger.debug(
             "run archived",
-            extra={"action": "archived", "table": self.table, "rows": len(rows), "last_seq": last_seq},
+            extra={"action": "archived", "table": self.table, "rows": run.rows, "last_seq": run.last_seq},
         )
-        return last_seq - first_seq + 1
+        return run.spanned
+
+    async def _next_piece(self, intake: Intake, run: Run, *, limit: int, up_to: int | None) -> Piece | None:
+        """Returns the next piece of a run; None when what is there is in it already."""
+        try:
+            return await intake.take(left=limit - run.spanned, limit=limit, up_to=up_to)
+        except GapError:
+            if not run.spanned:
+                raise
+            # What stands before the gap is archived; the next cycle meets the gap itself.
+            await self._restart()
+            return None
 
     async def accept_gap(self) -> tuple[int, int] | None:
         """Records the messages that are missing at the archiver's position as lost, and moves past them.
@@ -214,8 +224,7 @@ class TableArchiver:
 
     async def close(self) -> None:
         """Drops the consumer and closes the files of the lake."""
-        if self._reader is not None:
-            await self._reader.close()
+        await self._restart()
         await self._in_thread(self._manifests.close)
 
     async def _raise_overtaken(self, info: StreamInfo, first_seq: int) -> None:
@@ -353,45 +362,35 @@ class TableArchiver:
 
     async def _restart(self) -> None:
         """The next cycle begins where the lake says."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            await reader.close()
+        intake, self._intake = self._intake, None
+        if intake is not None:
+            await intake.close()
 
-    async def _end_of(self, run: DecodedRun, messages: list[StoredMessage], reader: StreamReader) -> int:
-        """Returns the last sequence of a run; when it was cut short, less is read at once from now on."""
-        if run.taken == len(messages):
-            self._read_bytes = min(READ_BYTES, 2 * self._read_bytes)
-            return reader.next_seq - 1
-        self._read_bytes = max(_LEAST_READ_BYTES, self._read_bytes // 4)
-        await self._restart()
-        return messages[run.taken - 1].seq
-
-    async def _prepare(self, run: DecodedRun, messages: list[StoredMessage]) -> tuple[list[Row], list[Rejected]]:
+    async def _prepare(self, piece: Piece, decided: Decided) -> tuple[list[Row], list[Rejected]]:
         """Returns the rows to commit and the messages to bury, once what came inline is stored."""
+        run, messages = piece.run, piece.messages
         refused = await self._intern(run.inline) if run.inline else {}
-        await self._in_thread(lambda: self._index.refresh(self._lake))
         if self.table == "contexts":
             refused = await self._manifests.forged(run.rows)
         elif self.table == "key_versions":
             refused = await self._in_thread(lambda: _unfit(self.table, run.rows))
-        rows = [row for row in run.rows if row.seq not in refused]
-        rejected = run.rejected + [
-            Rejected(message, refused[message.seq]) for message in messages if message.seq in refused
-        ]
+        rows = [row for row in run.rows if row.seq not in refused] if refused else run.rows
+        rejected = list(run.rejected)
+        if refused:
+            rejected += [Rejected(message, refused[message.seq]) for message in messages if message.seq in refused]
         archived = await self._in_thread(lambda: self._archived(rows))
         if self.table == "contexts":
             return await self._in_thread(
-                lambda: join_contexts(deduplicate_contexts(rows, archived), archived)
+                lambda: join_contexts(deduplicate_contexts(rows, archived, decided), archived, decided)
             ), rejected
-        result = deduplicate_by_key(rows, archived)
+        result = deduplicate_by_key(rows, archived, decided)
         self.counters.repeated += result.repeated
         if not result.contested:
             return result.rows, rejected
         by_seq = {message.seq: message for message in messages}
         stored = await self._in_thread(lambda: self._stored(result.contested))
-        accepted = {key_of(row): row for row in result.rows}
         for row in result.contested:
-            earlier = accepted.get(key_of(row)) or stored.get(key_of(row))
+            earlier = decided.by_key.get(key_of(row)) or stored.get(key_of(row))
             if earlier is not None and same_content(earlier, row):
                 self.counters.repeated += 1
             else:

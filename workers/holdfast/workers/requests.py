@@ -131,6 +131,19 @@ class ContextReply(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     expires_at: str | msgspec.UnsetType = msgspec.UNSET
 
 
+class PackedReply(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One context as msgpack has it: ``body`` is the exact bytes, whatever they are."""
+
+    ref: str
+    kind: str
+    size: int
+    created_at: str
+    tier: Tier
+    content_type: str
+    body: bytes
+    expires_at: str | msgspec.UnsetType = msgspec.UNSET
+
+
 def context_of_put(namespace: str, request: PutRequest) -> NewContext:
     """Returns the context that a put asks to store; raises a typed error naming the field that does not fit."""
     given = [
@@ -187,11 +200,25 @@ def context_reply(row: ContextRow, tier: Tier) -> ContextReply:
     return msgspec.structs.replace(reply, body_base64=base64.b64encode(row.body).decode())
 
 
-def choose_fields(reply: ContextReply, fields: list[str] | None) -> object:
+def packed_reply(row: ContextRow, tier: Tier) -> PackedReply:
+    """Returns the answer for a context, for msgpack."""
+    return PackedReply(
+        ref=row.ref,
+        kind=row.kind,
+        size=row.size,
+        created_at=iso_from_ms(row.stored_at_ms),
+        tier=tier,
+        content_type=row.content_type,
+        body=row.body,
+        expires_at=msgspec.UNSET if row.expires_at_ms is None else iso_from_ms(row.expires_at_ms),
+    )
+
+
+def choose_fields(reply: ContextReply | PackedReply, fields: list[str] | None) -> object:
     """Returns the answer with these fields only; None means all of them."""
     if fields is None:
         return reply
-    return {name: value for name in fields if (value := getattr(reply, name)) is not msgspec.UNSET}
+    return {name: value for name in fields if (value := getattr(reply, name, msgspec.UNSET)) is not msgspec.UNSET}
 
 
 def check_fields(fields: list[str] | None, choices: tuple[str, ...] = FIELDS) -> None:

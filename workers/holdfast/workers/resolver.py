@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -18,9 +18,8 @@ from holdfast.client.cold import FetchEnd, FetchRequest
 from holdfast.lake.duck import connect
 from holdfast.lake.scan import encode_cursor
 from holdfast.schemas import limits
-from holdfast.schemas.errors import HoldfastError, NotFoundError, TooLargeError
-from holdfast.schemas.ids import now_ms
-from holdfast.schemas.refs import Digest, Ref, is_digest, parse_ref
+from holdfast.schemas.errors import TooLargeError
+from holdfast.schemas.refs import Digest, is_digest
 from holdfast.streams.codec import reseal
 from holdfast.streams.service import Call, EndpointCounters, ErrorBody, Handler, decode_request, serve
 from holdfast.streams.tail import open_tail
@@ -39,14 +38,11 @@ from holdfast.workers.requests import (
     MetricsRequest,
     PutRequest,
     QueryRequest,
-    ResolveBatchRequest,
-    ResolveRequest,
     check_fields,
-    choose_fields,
     context_of_put,
-    context_reply,
     query_of,
 )
+from holdfast.workers.resolver_contexts import WINDOW, ContextEndpoints
 from holdfast.workers.resolver_conversations import ConversationEndpoints
 from holdfast.workers.resolver_keys import KeyEndpoints
 from holdfast.workers.resolver_lineage import LineageEndpoints
@@ -66,16 +62,9 @@ logger = logging.getLogger(__name__)
 
 SERVICE: Final = "holdfast"
 
-_WINDOW: Final = 100
-"""Contexts read at once for one answer: of the largest that are stored whole, 50 MiB."""
-
 _HEAVY: Final = 8
 """Answers with many bodies being read at once: bounds the memory of all of them, by the window."""
 
-_BODY_FIELDS: Final = frozenset({"body", "body_text", "body_base64"})
-
-_RESOLVE: Final = msgspec.json.Decoder(ResolveRequest)
-_BATCH: Final = msgspec.json.Decoder(ResolveBatchRequest)
 _PUT: Final = msgspec.json.Decoder(PutRequest)
 _QUERY: Final = msgspec.json.Decoder(QueryRequest)
 _FETCH: Final = msgspec.json.Decoder(FetchRequest)
@@ -105,12 +94,11 @@ class Resolver:
         self._inline = inline
         self._contexts = ContextReader(hot, cold)
         self._heavy = asyncio.Semaphore(_HEAVY)
+        self.contexts = ContextEndpoints(self._contexts, self._heavy)
 
     def endpoints(self) -> dict[str, tuple[str, Handler]]:
         """Returns every endpoint: name → (subject, handler)."""
         handlers: dict[str, Handler] = {
-            "resolve": self.resolve,
-            "resolve_batch": self.resolve_batch,
             "put": self.put,
             "query": self.query,
             "stats": self.stats,
@@ -118,74 +106,7 @@ class Resolver:
             "metrics": self.metrics,
             "fetch": self.fetch,
         }
-        return {name: (f"ctx.*.{name}", handler) for name, handler in handlers.items()}
-
-    async def resolve(self, call: Call) -> None:
-        """``{"ref"}`` → ``{"ref", "kind", "body", "size", "created_at", "tier"}``."""
-        request: ResolveRequest = decode_request(call.data, _RESOLVE)
-        check_fields(request.fields)
-        digest = parse_ref(request.ref).digest
-        found, failed = await self._read(call.namespace, [digest], request.fields)
-        if digest in failed:
-            raise failed[digest]
-        item = _live(found.get(digest), request.ref)
-        if item is None:
-            raise NotFoundError(
-                f"no context {request.ref} in namespace {call.namespace!r}",
-                field="ref",
-                hint="it may have expired, or belong to another namespace",
-            )
-        await call.reply(
-            _within(msgspec.json.encode(choose_fields(context_reply(item.row, item.tier), request.fields)))
-        )
-
-    async def resolve_batch(self, call: Call) -> None:
-        """``{"refs"}`` → ``{"contexts": {ref: …}, "resolved_count", "not_found": [ref], "errors": {ref: …}, "next"}``.
-
-        The answer ends before 900 KB; ``next`` then names the references that are left to ask for.
-        """
-        request: ResolveBatchRequest = decode_request(call.data, _BATCH)
-        check_fields(request.fields)
-        refs = list(dict.fromkeys(Ref(ref) for ref in request.refs))
-        digests = {ref: parse_ref(ref).digest for ref in refs}
-        contexts: dict[str, msgspec.Raw] = {}
-        not_found: list[str] = []
-        errors: dict[str, ErrorBody] = {}
-        size = 0
-        left: list[str] = []
-        found: dict[Digest, Found] = {}
-        failed: dict[Digest, HoldfastError] = {}
-        for position, ref in enumerate(refs):
-            if position % _WINDOW == 0:
-                # What the answer has no room for is not read either.
-                window = [digests[other] for other in refs[position : position + _WINDOW]]
-                found, failed = await self._read(call.namespace, window, request.fields)
-            digest = digests[ref]
-            if digest in failed:
-                errors[ref] = ErrorBody.of(failed[digest])
-                size += len(msgspec.json.encode(errors[ref]))
-                continue
-            item = _live(found.get(digest), ref)
-            if item is None:
-                not_found.append(ref)
-                continue
-            encoded = msgspec.json.encode(choose_fields(context_reply(item.row, item.tier), request.fields))
-            if len(encoded) > limits.REPLY_BYTES:
-                errors[ref] = ErrorBody.of(_too_large(len(encoded)))
-                continue
-            size += len(encoded)
-            # References come on top: at most 1,000 of 102 bytes, for which a payload of 1 MiB has room.  The first one
-            # always goes: an answer without progress would be asked for again for ever.
-            if size > limits.REPLY_BYTES and position:
-                left = list(refs[position:])
-                break
-            contexts[ref] = msgspec.Raw(encoded)
-        answer: dict[str, object] = {"contexts": contexts, "resolved_count": len(contexts), "not_found": not_found}
-        if errors:
-            answer["errors"] = errors
-        if left:
-            answer["next"] = left
-        await call.reply(msgspec.json.encode(answer))
+        return {name: (f"ctx.*.{name}", handler) for name, handler in handlers.items()} | self.contexts.endpoints()
 
     async def put(self, call: Call) -> None:
         """``{"kind", "body"}`` → ``{"ref"}``."""
@@ -240,8 +161,8 @@ class Resolver:
         digests = await self._cold.in_reading_order([digest for digest in request.digests if is_digest(digest)])
         sent = 0
         failed: dict[Digest, ErrorBody] = {}
-        for start in range(0, len(digests), _WINDOW):
-            window = digests[start : start + _WINDOW]
+        for start in range(0, len(digests), WINDOW):
+            window = digests[start : start + WINDOW]
             async with self._heavy:
                 found, errors = await self._contexts.get_stored_many(call.namespace, window, cold=request.cold)
                 # One thread call for all: each costs more than compressing a small body.
@@ -251,16 +172,6 @@ class Resolver:
             sent += len(found)
             failed |= {digest: ErrorBody.of(error) for digest, error in errors.items()}
         await call.reply(msgspec.json.encode(FetchEnd(sent=sent, failed=failed)), {H_END: "1"})
-
-    async def _read(
-        self, namespace: str, digests: list[Digest], fields: list[str] | None
-    ) -> tuple[dict[Digest, Found], dict[Digest, HoldfastError]]:
-        if fields is not None and not _BODY_FIELDS.intersection(fields):
-            # Kind, size and times are those of the stored form: no need to put a large body together.
-            return await self._contexts.get_stored_many(namespace, digests)
-        # A single context is no heavy answer: the number of requests under way bounds those.
-        async with self._heavy if len(digests) > 1 else nullcontext():
-            return await self._contexts.get_many(namespace, digests, max_bytes=limits.REPLY_BYTES)
 
 
 @asynccontextmanager
@@ -305,33 +216,11 @@ async def run_resolver(
                 | ConversationEndpoints(sql, inline).endpoints()
                 | snapshots.endpoints()
                 | WarmEndpoints(lake, index, sql).endpoints(),
+                at_hand=resolver.contexts.at_hand(),
             )
         )
         yield counters
 
 
-def _live(item: Found | None, ref: str) -> Found | None:
-    """The context, unless its reference names another kind, or it has expired."""
-    if item is None or item.row.ref != ref:
-        return None
-    expires = item.row.expires_at_ms
-    return None if expires is not None and expires <= now_ms() else item
-
-
 def _reseal_all(items: list[Found]) -> list[tuple[dict[str, str], bytes]]:
     return [reseal(item.row) for item in items]
-
-
-def _within(encoded: bytes) -> bytes:
-    if len(encoded) > limits.REPLY_BYTES:
-        raise _too_large(len(encoded))
-    return encoded
-
-
-def _too_large(size: int) -> TooLargeError:
-    return TooLargeError(
-        f"the answer has {size} bytes, the limit is {limits.REPLY_BYTES}",
-        field="body",
-        limit=limits.REPLY_BYTES,
-        hint="resolve it with the SDK, which fetches a large body in parts",
-    )

@@ -1,0 +1,177 @@
+"""What memory is taken: by a context that is hot, by an SDK and by workers that have nothing to do.
+
+``server_bytes_per_context``: the growth of the server's resident memory over so many contexts of 600 bytes, each a
+subject of its own, divided by their number; the bodies are on the disk, and what the server still keeps of them counts
+too.  Raw limit: the same payloads under the same kind of subject without a header, in a bare stream of a server of its
+own.  Peers: the growth of what Redis calls used memory; the body, which it keeps there, is not counted.
+
+``archive_memory``: the highest resident memory of a process that archives 100,000 contexts of 1,400 bytes, 50,000 in a
+commit, index included; beside what it has before.  ``idle_client`` and ``idle_worker``: resident memory of a process
+that is connected (and has stored and read one context), and of one that runs all workers; beside one with nats-py
+alone, and one with nats-py and the libraries of the lake.
+
+Does not measure: memory under load (see the archiver and the import), the server's own 20 MB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import psutil
+
+from benchmarks.archived import BODY_BYTES as ARCHIVED_BYTES
+from benchmarks.archived import store
+from benchmarks.bench import RAW_HOT_PREFIX, Bench, BenchServer, Figure
+from benchmarks.children import child
+from benchmarks.measure import Result
+from benchmarks.payloads import Bodies, encoded
+from benchmarks.process_tree import watch_memory
+from benchmarks.raw_nats import AtomicBatches, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+BODY_BYTES: Final = 600
+CONTEXTS: Final = 100_000
+ARCHIVED: Final = 100_000
+ROWS_PER_COMMIT: Final = 50_000
+"""As many as the archiver itself takes at once."""
+SETTLE_S: Final = 12
+"""The server lets go of blocks that nobody reads after ten seconds."""
+_IN_A_CALL: Final = 500
+
+FIGURES: Final = ("server_bytes_per_context", "archive_memory", "idle_client", "idle_worker")
+
+
+async def run(bench: Bench) -> None:
+    """Measures every figure of this file that is asked for."""
+    if bench.wants("server_bytes_per_context"):
+        await _contexts(bench)
+    if bench.wants("archive_memory"):
+        await _archiving(bench)
+    if bench.wants("idle_client", "idle_worker"):
+        await _idle(bench)
+
+
+async def _contexts(bench: Bench) -> None:
+    number = bench.scale(CONTEXTS, 1_000)
+    bodies = Bodies(51)
+
+    async def ours(server: BenchServer) -> None:
+        async with server.connect(cache_bytes=0) as hf:
+            for _ in range(0, number, _IN_A_CALL):
+                await hf.put_many(bodies.take(_IN_A_CALL, BODY_BYTES))
+
+    async def raw(server: BenchServer) -> None:
+        batches = AtomicBatches(server.client)
+        for start in range(0, number, _IN_A_CALL):
+            taken = enumerate(bodies.take(_IN_A_CALL, BODY_BYTES), start=start)
+            await batches.publish([Message(f"{RAW_HOT_PREFIX}bench.{n:032d}", {}, encoded(body)) for n, body in taken])
+
+    grown = [await _growth(bench, fill) / number for fill in (ours, raw)]
+    peers: list[Result] = []
+    for name in ("postgres_redis", "redis_always"):
+        peer = bench.peers.of(name) if bench.peers else None
+        if peer is not None:
+            before = await peer.bytes_in_memory()
+            for start in range(0, number, _IN_A_CALL):
+                taken = enumerate(bodies.take(_IN_A_CALL, BODY_BYTES), start=start)
+                await peer.put_many([(f"memory{n:026d}", encoded(body)) for n, body in taken])
+            beyond = (await peer.bytes_in_memory() - before) / number - BODY_BYTES
+            peers.append(_once(f"{peer.what}, beyond the body", max(1.0, beyond), bench.budget.runs, number, name))
+    bench.add(
+        Figure(
+            name="server_bytes_per_context",
+            what="growth of the server's resident memory by a live context",
+            kind="latency",
+            unit="B",
+            durability="durable",
+            parameters={"payload_bytes": BODY_BYTES, "concurrency": 1, "contexts": number},
+        ),
+        _once("", grown[0], bench.budget.runs, number),
+        _once("the same messages without headers in a bare stream", grown[1], bench.budget.runs, number),
+        peers,
+    )
+
+
+async def _growth(bench: Bench, fill: Callable[[BenchServer], Awaitable[None]]) -> float:
+    """Returns by how many bytes a new server has grown after what ``fill`` does, once it has let go of the rest."""
+    async with bench.server() as server:
+        process = psutil.Process(server.pid)
+        before = process.memory_info().rss
+        await fill(server)
+        after = process.memory_info().rss
+        for _ in range(bench.scale(SETTLE_S, 0)):
+            await asyncio.sleep(1)
+            after = min(after, process.memory_info().rss)
+        return max(1.0, after - before)
+
+
+async def _archiving(bench: Bench) -> None:
+    rows = bench.scale(ARCHIVED, 1_000)
+    async with bench.server() as server:
+        async with server.connect(cache_bytes=0) as hf:
+            await store(hf, rows, seed=52)
+        data = bench.directory("archive-memory")
+        async with child("benchmarks.archive_process", "--url", server.url, "--data", str(data)) as process:
+            await process.ask()
+            async with watch_memory(process.pid) as idle:
+                pass
+            async with watch_memory(process.pid) as peak:
+                await process.ask({"rows_per_commit": ROWS_PER_COMMIT})
+    bench.add(
+        Figure(
+            name="archive_memory",
+            what="highest resident memory of a process that archives a stream",
+            kind="latency",
+            unit="MB",
+            durability="durable",
+            parameters={
+                "payload_bytes": ARCHIVED_BYTES,
+                "concurrency": 1,
+                "rows": rows,
+                "rows_in_a_commit": ROWS_PER_COMMIT,
+            },
+        ),
+        _once("", peak.mb, bench.budget.runs, rows),
+        _once("the same process before", idle.mb, bench.budget.runs, rows),
+    )
+
+
+async def _idle(bench: Bench) -> None:
+    for figure, ours, raw, what, raw_what in (
+        ("idle_client", "client", "plain", "a process with a connected SDK", "one connected by nats-py"),
+        ("idle_worker", "worker", "libraries", "a process with all workers", "nats-py and the libraries of the lake"),
+    ):
+        if not bench.wants(figure):
+            continue
+        values: dict[str, list[float]] = {ours: [], raw: []}
+        async with bench.server() as server:
+            for _ in range(bench.budget.runs):
+                for side in (ours, raw):
+                    values[side].append(await _resident_mb(bench, server, side))
+        middle = bench.budget.runs // 2
+        bench.add(
+            Figure(
+                name=figure,
+                what=f"resident memory of {what}",
+                kind="latency",
+                unit="MB",
+                durability="durable",
+                parameters={"payload_bytes": 0, "concurrency": 1},
+            ),
+            Result(what="", value=sorted(values[ours])[middle], values=values[ours], count=1),
+            Result(what=raw_what, value=sorted(values[raw])[middle], values=values[raw], count=1),
+        )
+
+
+async def _resident_mb(bench: Bench, server: BenchServer, what: str) -> float:
+    data = bench.directory(what)
+    async with child("benchmarks.idle_process", "--what", what, "--url", server.url, "--data", str(data)) as process:
+        await process.ask()
+        return psutil.Process(process.pid).memory_info().rss / 1e6
+
+
+def _once(what: str, value: float, runs: int, number: int, label: str = "") -> Result:
+    return Result(what=what, value=value, values=[value] * runs, count=number, label=label)
