@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -13,13 +14,16 @@ import pytest
 
 from holdfast.client import connect
 from holdfast.lake import Lake, LakeIndex
+from holdfast.lake.lookup import Lookup
+from holdfast.schemas.refs import parse_ref
 from holdfast.streams.connection import open_connection
 from holdfast.streams.hot import HotTier
 from holdfast.workers import archive_intake
+from holdfast.workers.archive_intake import Intake
 from holdfast.workers.archive_run import Run
 from holdfast.workers.archive_table import TableArchiver
 from holdfast.workers.control import flush
-from tests.running import dead_letters, own_server, running, settings_in, target_of
+from tests.running import dead_letters, eventually, own_server, running, settings_in, target_of
 from tests.support import OwnServer, plain_client
 
 pytestmark = pytest.mark.asyncio
@@ -98,3 +102,39 @@ async def test_a_cancelled_cycle_leaves_nothing_behind_and_the_next_begins_anew(
             assert list((tmp_path / "lake" / "contexts" / "_tmp").iterdir()) == []
             assert await archiver.cycle(limit=100) == 5 * PIECE
             assert lake.statistics("contexts").rows == 5 * PIECE
+
+
+async def test_a_run_is_never_made_of_what_a_stream_held_before_and_after_it_lost_its_tail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, copy = tmp_path / "nats", tmp_path / "copy"
+    async with own_server(tmp_path) as server:
+        await server.stop()
+        shutil.copytree(store, copy)
+        await server.start(with_streams=False)
+        async with connect(server.url) as hf:
+            await hf.put_many([{"lost": n} for n in range(2 * PIECE)])
+        async with archiver_of(server, tmp_path) as (archiver, lake):
+            take = Intake.take
+            stored: list[str] = []
+
+            async def lose_the_tail_at_its_end(intake: Intake, **options: Any) -> Any:
+                piece = await take(intake, **options)
+                if piece is None and not stored:
+                    await server.kill()
+                    shutil.rmtree(store)
+                    shutil.move(copy, store)
+                    await server.start(with_streams=False)
+                    async with connect(server.url) as hf:
+                        stored.extend(await hf.put_many([{"n": n} for n in range(3 * PIECE)]))
+                    await eventually(lambda: archiver._connection.reconnects == 1)
+                    piece = await take(intake, **options)
+                return piece
+
+            monkeypatch.setattr(Intake, "take", lose_the_tail_at_its_end)
+            while await archiver.cycle(limit=100):
+                pass
+            digests = [parse_ref(ref).digest for ref in stored]
+            archiver._index.refresh(lake)
+            with Lookup(lake, archiver._index) as lookup:
+                assert len(lookup.get_contexts(digests)) == 3 * PIECE

@@ -14,15 +14,17 @@ from holdfast.schemas.errors import HoldfastError, RetryError, TooLargeError
 from holdfast.schemas.refs import parse_ref
 from holdfast.streams import committer as committer_module
 from holdfast.streams.committer import Committer, Settled
-from holdfast.streams.connection import Connection, open_connection
+from holdfast.streams.connection import Connection, Msg, open_connection
 from holdfast.streams.hot import HotTier, NewContext
 from holdfast.streams.publish import Outgoing, PubAck, Refused, publish, publish_batch
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import stream_info
-from holdfast.streams.wire import EVENTS_STREAM, H_EXPECT_SUBJECT_SEQ, H_MSG_ID, HOT_STREAM
+from holdfast.streams.wire import EVENTS_STREAM, H_BATCH_ID, H_EXPECT_SUBJECT_SEQ, H_MSG_ID, HOT_STREAM
 from tests.support import LIMIT_S, OwnServer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tests.conftest import StartServer
 
 
@@ -34,16 +36,21 @@ def contexts(namespace: str, count: int, size: int = 20) -> list[NewContext]:
     return [NewContext(namespace=namespace, kind="k", body=b"%0*d" % (size, i)) for i in range(count)]
 
 
-async def messages_of(connection: Connection, namespace: str) -> list[str]:
-    """The ids of a namespace's events, in stream order."""
+async def headers_of(connection: Connection, namespace: str) -> list[Mapping[str, str]]:
+    """The headers of a namespace's events, in stream order."""
     info = await stream_info(connection, EVENTS_STREAM)
     reader = StreamReader(connection, EVENTS_STREAM, max(1, info.first_seq), allow_gaps=True)
-    ids: list[str] = []
+    headers: list[Mapping[str, str]] = []
     while reader.next_seq <= info.last_seq:
         messages, _ = await reader.read(limit=10_000)
-        ids += [m.headers[H_MSG_ID] for m in messages if m.subject.startswith(f"ctx.{namespace}.")]
+        headers += [m.headers for m in messages if m.subject.startswith(f"ctx.{namespace}.")]
     await reader.close()
-    return ids
+    return headers
+
+
+async def messages_of(connection: Connection, namespace: str) -> list[str]:
+    """The ids of a namespace's events, in stream order."""
+    return [headers[H_MSG_ID] for headers in await headers_of(connection, namespace)]
 
 
 class TestOutcomes:
@@ -56,6 +63,49 @@ class TestOutcomes:
             assert not any(outcome.existed for outcome in outcomes)
         await committer.close()
         assert await messages_of(connection, namespace) == [f"{namespace}.{i}" for i in range(1_234)]
+
+    async def test_events_stay_in_order_while_a_batch_before_them_is_acknowledged(
+        self, connection: Connection, namespace: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        committer = Committer(connection)
+        expect, is_acknowledged = connection.lean.expect, asyncio.Event()
+
+        def expect_once(token: str, *, timeout_s: float, is_batch: bool = False) -> asyncio.Future[Msg]:
+            """The reply as it comes, but for this: who waits for the event is woken just before the committer."""
+            monkeypatch.undo()
+            reply, passed_on = expect(token, timeout_s=timeout_s, is_batch=is_batch), asyncio.Future[Msg]()
+
+            def pass_on(done: asyncio.Future[Msg]) -> None:
+                is_acknowledged.set()
+                passed_on.set_result(done.result())
+
+            reply.add_done_callback(pass_on)
+            return passed_on
+
+        async def hand_in_later() -> list[Settled]:
+            await is_acknowledged.wait()
+            return await committer.store_many([event(namespace, i) for i in range(20, 120)])
+
+        later = asyncio.ensure_future(hand_in_later())
+        await asyncio.sleep(0)
+        monkeypatch.setattr(connection.lean, "expect", expect_once)
+        first = await committer.store_many([event(namespace, i) for i in range(20)])
+        seqs = [outcome.seq for outcome in (*first, *await asyncio.wait_for(later, LIMIT_S))]
+        await committer.close()
+        assert seqs == sorted(seqs)
+        assert await messages_of(connection, namespace) == [f"{namespace}.{i}" for i in range(120)]
+
+    async def test_many_events_go_as_one_batch_however_fast_the_server_takes_single_ones(
+        self, connection: Connection, namespace: str
+    ) -> None:
+        """Sent singly, one that is lost on its way would be stored after those behind it."""
+        committer = Committer(connection)
+        committer._pace.stored_singly(1_000, 0.001)
+        await committer.store(event(namespace, "first"))
+        await committer.store_many([event(namespace, i) for i in range(100)])
+        await committer.close()
+        _, *many = await headers_of(connection, namespace)
+        assert len({headers[H_BATCH_ID] for headers in many}) == 1
 
     async def test_a_repeated_id_is_stored_once_and_told_as_known(self, connection: Connection, namespace: str) -> None:
         committer = Committer(connection)

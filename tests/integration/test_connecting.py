@@ -110,6 +110,17 @@ async def test_whoever_is_sent_away_by_the_server_comes_back(own_server: OwnServ
         assert len(connections) == 2
 
 
+async def test_what_was_begun_on_a_lost_connection_is_not_continued_on_the_next(connection: Connection) -> None:
+    """The read loop may still take in half a message between the loss and its own end."""
+    is_back = asyncio.Event()
+    connection.on_reconnect.append(is_back.set)
+    await connection.client.force_reconnect()
+    await connection.client._ps.parse(b"MSG half.a.message 99 100\r\nbegun")
+    await asyncio.wait_for(is_back.wait(), LIMIT_S)
+    await connection.api("INFO")
+    assert connection.reconnects == 1
+
+
 async def test_a_client_closed_in_the_middle_of_a_reconnect_does_not_go_on(
     own_server: OwnServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +332,22 @@ class TestLean:
             async with asyncio.timeout(LIMIT_S):
                 while connection.lean._waiting:  # noqa: ASYNC110  emptied by a sweep: there is no event
                     await asyncio.sleep(0.02)
+
+    async def test_what_cannot_be_sent_leaves_nothing_behind(self, connection: Connection) -> None:
+        for subject in ("", "two words", "\ud800"):
+            with pytest.raises((UnavailableError, UnicodeEncodeError)):
+                await connection.lean.request(subject)
+        assert connection.lean._waiting == {}
+
+    async def test_a_failure_that_nobody_waits_for_is_not_complained_of(
+        self, connection: Connection, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As when one of many was cancelled: the others fail without a word."""
+        await connection.lean.send("nobody.here")
+        with pytest.raises(NoResponderError):
+            await connection.lean.request("nobody.here")
+        gc.collect()
+        assert caplog.records == []
 
     async def test_closing_ends_what_is_under_way(self, nats_server: str) -> None:
         async with plain_client(nats_server) as client:

@@ -9,13 +9,14 @@ import runpy
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
 
-from holdfast.client import Event, Holdfast, connect, lineage
+from holdfast.client import Event, Holdfast, connect, handler_intake, lineage
 from holdfast.client.handler_control import receipt_mark
 from holdfast.client.handler_policy import consumer_name
 from holdfast.client.receipt_records import Record
@@ -656,6 +657,59 @@ async def test_a_long_handler_keeps_its_event_and_those_that_wait_behind_it(hf: 
     go_on.set()
     await eventually(lambda: handlers.counters["slow"].done == 4)
     assert sorted(event.data for event in runs.events) == [0, 1, 2, 3]
+
+
+async def test_what_waits_behind_a_handler_that_hangs_goes_to_another_process(
+    hf: Holdfast, handlers: Handlers, nats_server: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handler_intake, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(handler_intake, "HANDED_BACK_S", 0.0)
+    here, there = Seen(), Seen()
+
+    @handlers.on("a", name="h", concurrency=1)
+    async def hang(event: Event) -> None:
+        if here.add(event) > 1:
+            await asyncio.Event().wait()
+
+    await handlers.ready()
+    await hf.emit("a", 0)
+    await eventually(lambda: handlers.counters["h"].done == 1)
+    for number in range(1, 4):
+        await hf.emit("a", number)
+    await here.wait(2)
+    async with other(nats_server, namespace) as (_, others):
+        others.on("a", name="h")(there.add)
+        await there.wait(2)
+    assert len({event.data for event in here.events + there.events}) == 4
+
+
+async def test_one_event_at_a_time_is_handled_wholly_before_the_next(hf: Holdfast, handlers: Handlers) -> None:
+    for number in range(6):
+        await hf.emit("a", number)
+    done: list[int] = []
+
+    @handlers.on("a", name="h", concurrency=1, start="all")
+    async def work(event: Event) -> Any:
+        done.append(handlers.counters["h"].done)
+        return event.data
+
+    await eventually(lambda: settled(handlers, "h", 6))
+    assert done == [0, 1, 2, 3, 4, 5]
+
+
+async def test_an_event_begins_without_what_the_one_before_left_behind(hf: Holdfast, handlers: Handlers) -> None:
+    tenant: ContextVar[int | None] = ContextVar("tenant", default=None)
+    for number in range(30):
+        await hf.emit("a", number)
+    found: list[int | None] = []
+
+    @handlers.on("a", name="h", concurrency=2, start="all")
+    async def work(event: Event) -> None:
+        found.append(tenant.get())
+        tenant.set(event.data)
+
+    await eventually(lambda: settled(handlers, "h", 30))
+    assert found == [None] * 30
 
 
 async def test_no_more_events_are_at_work_than_are_allowed(hf: Holdfast, handlers: Handlers) -> None:

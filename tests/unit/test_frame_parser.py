@@ -63,6 +63,13 @@ def test_a_sink_takes_the_messages_of_its_subscription_at_once_and_leaves_what_i
         assert sink.stats["in_msgs"] == 3
 
 
+def test_a_sink_that_raises_loses_its_message_and_ends_nothing() -> None:
+    sink = Sink()
+    sink.sinks[1] = lambda *_: bool(1 // 0)
+    drive(sink._ps.parse(b"MSG s 1 1\r\nx\r\nMSG t 2 1\r\ny\r\n"))
+    assert [subject for _, subject, _, _, _ in sink.messages] == ["t"]
+
+
 def test_a_payload_may_look_like_frames() -> None:
     payload = b"\r\nMSG a 1 1\r\nx\r\nPING\r\n"
     assert parsed(b"MSG a 1 %d\r\n%b\r\n" % (len(payload), payload)) == [(1, "a", "", payload)]

@@ -31,6 +31,7 @@ from holdfast.client.handler_policy import (
     judge,
     kills_its_handler,
     takes_context,
+    turn,
 )
 from holdfast.schemas.errors import (
     DepthLimitError,
@@ -150,6 +151,10 @@ def test_events_are_taken_ahead_only_by_a_handler_that_begins_them_soon() -> Non
     assert events_ahead(16, 1.0) == 0
     assert events_ahead(1, 0.005) == 4
     assert events_ahead(16, 0.0) == events_ahead(10_000, 0.001) == MOST_AHEAD
+
+
+def test_what_is_handed_out_again_does_not_always_come_behind_the_same() -> None:
+    assert turn(1, 0.9) == turn(1, 0.1) < turn(2, 0.0) < turn(9, 0.1) < turn(2, 0.2)
 
 
 def test_only_what_cannot_have_been_done_before_counts_as_new() -> None:

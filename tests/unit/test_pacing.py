@@ -41,6 +41,22 @@ def test_a_server_that_syncs_again_is_noticed_from_what_goes_singly() -> None:
     assert pace.singly_up_to < 64
 
 
+def test_a_batch_that_took_long_once_does_not_have_all_sent_singly() -> None:
+    """A disk that stood still for a second says nothing of the next batch."""
+    pace = told(single_s=0.000_15, batch_s=0.002_7)
+    pace.stored_in_batch(64, 1.0)
+    assert pace.singly_up_to < 64
+
+
+def test_a_time_of_slow_batches_is_forgotten_while_none_is_sent() -> None:
+    """What goes singly tells nothing of batches: else one bad minute would decide for ever."""
+    pace = told(single_s=0.000_15, batch_s=0.1)
+    assert pace.singly_up_to > 64
+    for _ in range(200):
+        pace.stored_singly(64, 64 * 0.000_15)
+    assert pace.singly_up_to < 64
+
+
 def test_one_slow_message_by_itself_says_nothing() -> None:
     pace = Pace()
     pace.stored_singly(1, 5.0)

@@ -1,15 +1,17 @@
 """How one handler's events come in and are settled: taken in large windows, begun in turn, kept alive, told done.
 
 An event that was taken is in one of three states.  It *waits*: only as many do as this process begins within some
-milliseconds, since another process could run them.  It is *at work*: as many as the handler's concurrency allows.  Or
-it *ends*: its function has returned, its place is another event's, and what came of it is being stored; many end at
-once, so that one write to the server stores what came of all of them.
+milliseconds, since another process could run them; when the functions hang it is handed back.  It is *at work*: as many
+as the handler's concurrency allows.  Or it *ends*: its function has returned, its place is another event's, and what
+came of it is being stored; many end at once, so that one write to the server stores what came of all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
+import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from holdfast.client.handler_policy import Again, HandlerOptions, Settlement, delay_s, events_ahead
+from holdfast.client.handler_policy import Again, HandlerOptions, Settlement, delay_s, events_ahead, turn
 from holdfast.schemas import limits
 from holdfast.schemas.errors import ConfigurationError, HoldfastError, RetryError
 from holdfast.schemas.failpoints import failpoint
@@ -33,6 +35,12 @@ MOST_ENDING: Final = 1_024
 
 HELD_BYTES: Final = 32 * limits.MIB
 """No more events are taken while those that are held have so many bytes."""
+
+LONGEST_WAIT_S: Final = 30.0
+"""What has waited so long, behind functions that do not return, is handed back: another process may begin it."""
+
+HANDED_BACK_S: Final = 20.0
+"""After which time that is delivered again: by then no pull of this process is open any more that could bring it."""
 
 _REOPEN_S: Final = 1.0
 _MEAN_OVER: Final = 16
@@ -81,12 +89,14 @@ class Intake:
         self._work = work
         self._held: dict[str, Delivery] = {}
         self._held_bytes = 0
-        self._waiting: deque[Delivery] = deque()
+        self._waiting: deque[tuple[Delivery, float]] = deque()  # each with the time since when
         self._at_work = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._freed = asyncio.Event()
         self._mean_s: float | None = None
         self._renewing: asyncio.Task[None] | None = None
+        # Where one event ends, another one begins; it is to know nothing of that one's lineage and variables.
+        self._context = contextvars.copy_context()
 
     async def open(self) -> None:
         """Creates the consumer, or goes on with the one that is there."""
@@ -109,7 +119,7 @@ class Intake:
     async def stop(self) -> None:
         """Takes no more events, and hands back what was taken and not begun."""
         waiting, self._waiting = self._waiting, deque()
-        for delivery in waiting:
+        for delivery, _ in waiting:
             self._forget(delivery)
             await self._settle(delivery, Again(0.0))
         await self._consumer.close()
@@ -131,10 +141,12 @@ class Intake:
         while not self._consumer.asked_for and self._room() <= self._ahead() // 2:
             self._freed.clear()
             await self._freed.wait()
-        for delivery in await self._consumer.fetch(self._consumer.asked_for or self._room()):
+        fetched = await self._consumer.fetch(self._consumer.asked_for or self._room())
+        now_s = time.perf_counter()
+        for delivery in sorted(fetched, key=lambda each: turn(each.attempt, random.random())):  # noqa: S311
             self._held[delivery.ack_subject] = delivery
             self._held_bytes += len(delivery.message.payload)
-            self._waiting.append(delivery)
+            self._waiting.append((delivery, now_s))
         self._begin()
 
     def _ahead(self) -> int:
@@ -153,7 +165,8 @@ class Intake:
         while self._waiting and self._at_work < options.concurrency and len(tasks) < options.concurrency + MOST_ENDING:
             self._at_work += 1
             # A bare task: it settles its own delivery whatever happens, and finish() waits for it.
-            task = create_task(self._attend(Place(self._waiting.popleft(), self._left)))
+            place = Place(self._waiting.popleft()[0], self._left)
+            task = create_task(self._attend(place), context=self._context.copy())
             tasks.add(task)
             task.add_done_callback(self._ended)
 
@@ -202,10 +215,11 @@ class Intake:
             logger.debug("a delivery was not settled", extra=about(self._options, delivery, error))
 
     async def _renew(self) -> None:
-        """Keeps what is held from being delivered again, however long it waits, is worked on or ends."""
+        """Keeps what is held from being delivered again, however long it is worked on or ends."""
         renewed: set[str] = set()
         while True:
-            await asyncio.sleep(self._options.ack_wait_s / 6)
+            await asyncio.sleep(min(self._options.ack_wait_s, LONGEST_WAIT_S) / 6)
+            await self._hand_back()
             # What has come since the last look is renewed by the next one: a third of the ack wait at most goes by.
             known, renewed = renewed, set(self._held)
             for ack_subject in known & renewed:
@@ -217,6 +231,15 @@ class Intake:
                 except RetryError as error:
                     # The next time, if it is still ours.
                     logger.debug("a delivery was not renewed", extra=about(self._options, delivery, error))
+
+    async def _hand_back(self) -> None:
+        """Hands back what has waited too long; nothing is taken ahead until functions are quick again."""
+        since_s = time.perf_counter() - LONGEST_WAIT_S
+        while self._waiting and self._waiting[0][1] <= since_s:
+            delivery, _ = self._waiting.popleft()
+            self._mean_s = LONGEST_WAIT_S
+            self._forget(delivery)
+            await self._settle(delivery, Again(HANDED_BACK_S))
 
     async def _reopen(self) -> None:
         await asyncio.sleep(_REOPEN_S)

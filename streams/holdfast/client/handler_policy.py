@@ -205,6 +205,16 @@ def events_ahead(concurrency: int, mean_s: float | None) -> int:
     return int(min(MOST_AHEAD, concurrency * AHEAD_S / max(mean_s, 1e-6)))
 
 
+def turn(attempt: int, chance: float) -> float:
+    """Returns by what deliveries that came together are put in turn: those of a first time as they came, the others in
+    any order, by ``chance`` from 0 to 1.
+
+    A process that dies of an event takes an attempt from each that waits behind it.  If it were always the same ones,
+    they would be given up together with it, and never have been begun.
+    """
+    return 0.0 if attempt == 1 else 1.0 + chance
+
+
 def kills_its_handler(attempt: int, max_deliver: int) -> bool:
     """Whether an event has been delivered so often, without an attempt that came to an end, that it is given up."""
     return attempt > max_deliver + INTERRUPTED

@@ -200,7 +200,7 @@ class HandlerRunner:
             returned = await self._call(event, dict(context))
             failpoint("handler.after_run")
             result = None if returned is None else encode_json(returned, field="result")
-            if len(result or b"") <= _LIGHT_RESULT_BYTES and (recorder is None or recorder.count <= _LIGHT_RECEIPT):
+            if _may_leave(options, result, recorder):
                 place.leave()
             if result is not None:
                 await self._result(event, result)
@@ -382,6 +382,15 @@ class HandlerRunner:
                 hint="start a resolver: they are taken up when one answers",
             )
             logger.error("handler has missed events", extra={"action": "handler_gap", "handler": self.options.name})
+
+
+def _may_leave(options: HandlerOptions, result: bytes | None, recorder: ReadRecorder | None) -> bool:
+    """Whether another function may begin before what this one brought about is stored.
+
+    Whoever allows one event at a time has each handled wholly before the next.
+    """
+    is_light = len(result or b"") <= _LIGHT_RESULT_BYTES and (recorder is None or recorder.count <= _LIGHT_RECEIPT)
+    return options.concurrency > 1 and is_light
 
 
 def event_of_row(row: EventRow) -> Event:

@@ -2,9 +2,8 @@
 
 An atomic batch costs the server 2.7 ms whatever its size (up to some hundred messages), a single publish 0.15–0.25 ms,
 both synced to disk.  So what has come together by the next turn of the event loop is sent singly, pipelined, when it
-is little, and as one atomic batch when it is much; how much that is is learned (:mod:`holdfast.streams.pacing`).  What
-is sure to become a batch is sent while more of it is being made, so that the server prepares it meanwhile.  While two
-batches are under way, more gathers.  Nothing waits for a timer.
+is little, and as one atomic batch when it is much; how much that is is learned where the order of messages means
+nothing (:mod:`holdfast.streams.pacing`).  While two batches are under way, more gathers.  Nothing waits for a timer.
 """
 
 from __future__ import annotations
@@ -20,13 +19,11 @@ import msgspec
 from holdfast.schemas import limits
 from holdfast.schemas.errors import HoldfastError, RetryError, UnavailableError
 from holdfast.streams.connection import ApiError, ApiFailure, Connection
-from holdfast.streams.pacing import SINGLY_UP_TO, TRY_MESSAGES, Pace
+from holdfast.streams.pacing import SINGLY_UP_TO, Pace
 from holdfast.streams.publish import (
     BATCH_DUPLICATE,
-    BATCH_HEADERS_BYTES,
     SUBJECT_FULL,
     WRONG_LAST_SEQUENCE,
-    BatchSender,
     Outgoing,
     PubAck,
     Refused,
@@ -38,10 +35,6 @@ from holdfast.streams.retry import WRITE_DEADLINE_S
 from holdfast.streams.storing import store_with_retry, stream_of
 
 logger = logging.getLogger(__name__)
-
-_SEND_EVERY: Final = 64
-"""Messages of a batch that are handed to the system together while more are being made; the first go as soon as they
-are known to be a batch.  Each time costs a system call, and on a busy machine our turn on the processor."""
 
 _IN_FLIGHT: Final = 2
 """Batches under way at once: one being stored while the next is sent.  More only make them smaller."""
@@ -100,31 +93,13 @@ class _Write:
         self.is_settled = False
 
 
-class _Batch:
-    """Writes that go together; with a ``sender``, all of them are under way, but for the last."""
-
-    __slots__ = ("sender", "size", "writes")
-
-    def __init__(self) -> None:
-        self.writes: list[_Write] = []
-        self.size = 0
-        self.sender: BatchSender | None = None
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.writes) < limits.BATCH_MESSAGES and self.size < limits.BATCH_BYTES
-
-    def abandon_sender(self) -> None:
-        if self.sender is not None:
-            self.sender.abandon()
-            self.sender = None
-
-
 class Committer:
     """Writes to one stream, with group commit.
 
-    With a ``verifier``, messages are create-once by subject: equal subjects share one write, and a taken subject is
-    looked at before its outcome is told.  Without one, messages are told apart by their ``Nats-Msg-Id``.
+    With a ``verifier``, messages are create-once by subject: equal subjects share one write, a taken subject is
+    looked at before its outcome is told, and messages may be stored in any order.  Without one, messages are told apart
+    by their ``Nats-Msg-Id`` and are stored in the order in which they were handed in, unless an attempt has to be
+    repeated: of what went singly, or behind the batch that is repeated, some may then be stored before what it followed.
 
     A write that is not acknowledged in ``deadline_s`` ends with the last RetryError, or with StorageFailedError as soon
     as the server is known to store nothing; its outcome is unknown, and sending it again is safe.  Cancelling a caller
@@ -143,9 +118,7 @@ class Committer:
         self._room = asyncio.Event()
         self._room.set()
         self._in_flight = 0
-        self._gathering: _Batch | None = None
-        self._pace = Pace()
-        self._singly_up_to = self._pace.singly_up_to
+        self._pace = Pace(learns=verifier is not None)
         self._is_starting = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -186,17 +159,9 @@ class Committer:
         self._queued_bytes += size
         if self._queued_bytes >= QUEUED_BYTES:
             self._room.clear()
-        if not self._is_starting:
-            if self._in_flight < _IN_FLIGHT:
-                self._is_starting = True
-                self._start()
-        elif self._gathering is not None:
-            if len(self._queue) >= _SEND_EVERY:
-                self._send_gathered(self._gathering)
-        elif len(self._queue) > self._singly_up_to and not self._pace.is_due:
-            self._gathering = _Batch()
-            self._gathering.sender = BatchSender(self._connection)
-            self._send_gathered(self._gathering)
+        if not self._is_starting and self._in_flight < _IN_FLIGHT:
+            self._is_starting = True
+            self._start()
 
     def _settle(self, write: _Write, outcome: Settled | HoldfastError) -> None:
         if write.is_settled:
@@ -217,98 +182,58 @@ class Committer:
         # Its first step is the next turn of the loop: all that has come together by then goes together.
         self._is_starting = False
         self._in_flight += 1
-        batch, self._gathering = self._gathering, None
         try:
-            if batch is not None:
-                self._fill(batch)
-                await self._commit(batch)
             while self._queue:
-                is_due = len(self._queue) > self._singly_up_to and self._pace.is_due
-                await self._commit(self._take(TRY_MESSAGES if is_due else limits.BATCH_MESSAGES))
+                await self._commit(self._take())
         finally:
             self._in_flight -= 1
-            self._singly_up_to = self._pace.singly_up_to
-
-    def _send_gathered(self, batch: _Batch) -> None:
-        """Sends what is sure to be a batch, while the event loop's turn brings more of it."""
-        if batch.has_room:
-            self._fill(batch)
-            self._connection.lean.send_pending()
-
-    def _fill(self, batch: _Batch) -> None:
-        while self._queue and batch.has_room:
-            write = self._pop()
-            batch.writes.append(write)
-            batch.size += write.size
-            if batch.sender is None:
-                continue
-            try:
-                is_sent = self._fits_batch(write) and batch.sender.add(write.message)
-            except Exception:
-                logger.debug("batch not sent", exc_info=True, extra={"action": "batch_not_sent"})
-                is_sent = False
-            if not is_sent:
-                batch.abandon_sender()  # all of it is sent anew, with time to wait
-
-    def _fits_batch(self, write: _Write) -> bool:
-        return write.size + BATCH_HEADERS_BYTES <= self._connection.client.max_payload
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if task.cancelled():
             # Its loop ends: nobody is left to send what still waits.
             self._is_starting = False
-            abandoned = UnavailableError("the write was abandoned while closing")
-            batch, self._gathering = self._gathering, None
-            if batch is not None:
-                batch.abandon_sender()
-                self._fail(batch.writes, abandoned)
             while self._queue and not self._in_flight:
-                self._settle(self._pop(), abandoned)
+                self._fail(self._take(), UnavailableError("the write was abandoned while closing"))
 
-    def _take(self, at_most: int) -> _Batch:
-        batch = _Batch()
-        while self._queue and len(batch.writes) < at_most and batch.has_room:
-            write = self._pop()
-            batch.writes.append(write)
-            batch.size += write.size
-        return batch
-
-    def _pop(self) -> _Write:
-        write = self._queue.popleft()
-        self._queued_bytes -= write.size
+    def _take(self) -> list[_Write]:
+        batch: list[_Write] = []
+        size = 0
+        at_most = self._pace.together(len(self._queue))
+        while len(batch) < at_most and size < limits.BATCH_BYTES:
+            write = self._queue.popleft()
+            size += write.size
+            batch.append(write)
+        self._queued_bytes -= size
         if self._queued_bytes < QUEUED_BYTES:
             self._room.set()
-        return write
+        return batch
 
-    async def _commit(self, batch: _Batch) -> None:
+    async def _commit(self, batch: list[_Write]) -> None:
         try:
             await store_with_retry(
                 self._connection,
-                stream_of(batch.writes[0].message.subject),
+                stream_of(batch[0].message.subject),
                 lambda: self._attempt(batch),
                 deadline_s=self._deadline_s,
             )
         except HoldfastError as error:
-            self._fail(batch.writes, error)
+            self._fail(batch, error)
         except Exception as error:
             logger.exception("group commit failed", extra={"action": "group_commit_failed"})
-            self._fail(batch.writes, UnavailableError(f"the write failed unexpectedly: {error!r}"))
+            self._fail(batch, UnavailableError(f"the write failed unexpectedly: {error!r}"))
         finally:
-            batch.abandon_sender()
-            self._fail(batch.writes, UnavailableError("the write was abandoned while closing"))
+            self._fail(batch, UnavailableError("the write was abandoned while closing"))
 
-    async def _attempt(self, batch: _Batch) -> None:
+    async def _attempt(self, batch: list[_Write]) -> None:
         """Settles what can be settled; raises a RetryError while some of it cannot."""
         clock = asyncio.get_running_loop().time
-        pending = [write for write in batch.writes if not write.is_settled]
-        singly_up_to = TRY_MESSAGES if self._pace.is_due else self._pace.singly_up_to
-        while batch.sender is not None or len(pending) > singly_up_to:
+        pending = [write for write in batch if not write.is_settled]
+        while not self._pace.goes_singly(len(pending)):
             messages = [write.message for write in pending]
-            sender, batch.sender = batch.sender, None
             began = clock()
             try:
-                seqs = await (publish_batch(self._connection, messages) if sender is None else sender.commit())
+                seqs = await publish_batch(self._connection, messages)
             except Refused as refusal:
                 if refusal.err_code == WRONG_LAST_SEQUENCE and self._verifier is not None:
                     taken = await self._verifier(messages)

@@ -10,10 +10,13 @@ that the client recovers from by connecting anew.
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any, Final, cast
 
 from nats.errors import ProtocolError
 from nats.protocol.parser import Parser
+
+logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES: Final = 1024 * 1024
 """Longest control line waited for: an INFO of a large cluster is some kilobytes."""
@@ -79,7 +82,13 @@ class FrameParser(Parser):
             payload = bytes(source[position + header : end])
             position, frame = end + 2, None
             sink = sinks.get(sid)
-            if sink is not None and sink(subject, reply, payload, headers):
+            try:
+                is_taken = sink is not None and sink(subject, reply, payload, headers)
+            except Exception:
+                # Raised further, it would end nats-py's read loop: nothing would arrive any more, without a word.
+                logger.exception("a message was lost", extra={"action": "message_lost"})
+                is_taken = True
+            if is_taken:
                 taken += 1
                 taken_bytes += len(payload)
             else:

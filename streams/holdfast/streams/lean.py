@@ -77,9 +77,7 @@ class Lean:
         waiting, self._waiting = self._waiting, {}
         self._batches.clear()
         for future, _ in waiting.values():
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # the waiter may be gone: mark as retrieved
+            _fail(future, error)
 
     async def send(
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None, *, timeout_s: float = ATTEMPT_S
@@ -92,7 +90,9 @@ class Lean:
         token = self.new_token()
         future = self.expect(token, timeout_s=timeout_s)
         try:
-            await self.publish(subject, payload, headers, reply_token=token)
+            # The usual case without a call that could wait: one request is some 10 us in all.
+            if not self._client.publish_now(subject, payload, self._prefix + token, headers):
+                await self.publish(subject, payload, headers, reply_token=token)
         except BaseException:
             self._take(token)
             raise
@@ -102,16 +102,7 @@ class Lean:
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None, *, timeout_s: float = ATTEMPT_S
     ) -> Msg:
         """Publishes a request and awaits its reply; errors as of :meth:`send`."""
-        token = self.new_token()
-        future = self.expect(token, timeout_s=timeout_s)
-        # The usual case without a call that could wait: one request is some 10 us in all.
-        if not self._client.publish_now(subject, payload, self._prefix + token, headers):
-            try:
-                await self.publish(subject, payload, headers, reply_token=token)
-            except BaseException:
-                self._take(token)
-                raise
-        return await future
+        return await (await self.send(subject, payload, headers, timeout_s=timeout_s))
 
     def new_token(self) -> str:
         """Returns a reply token that this connection has not used before."""
@@ -150,17 +141,6 @@ class Lean:
             raise UnavailableError(
                 f"cannot send to the NATS server: {type(error).__name__}", hint="check that the server runs"
             ) from error
-
-    def publish_now(
-        self, subject: str, payload: bytes, headers: dict[str, str], *, reply_token: str | None = None
-    ) -> bool:
-        """As :meth:`publish`, if that can be done at once; returns False, with nothing done, if it cannot."""
-        reply = f"{self._prefix}{reply_token}" if reply_token else ""
-        return self._client.publish_now(subject, payload, reply, headers)
-
-    def send_pending(self) -> None:
-        """Hands to the system what was published; it is done anyway, a turn of the event loop or two later."""
-        self._client.send_pending()
 
     @asynccontextmanager
     async def stream(
@@ -220,7 +200,7 @@ class Lean:
         if future is None or future.done():
             return
         if is_no_responder(message):
-            future.set_exception(NoResponderError("nobody answers this subject", field="subject"))
+            _fail(future, NoResponderError("nobody answers this subject", field="subject"))
         else:
             future.set_result(message)
 
@@ -238,10 +218,8 @@ class Lean:
             over = [token for token, (future, until) in self._waiting.items() if until <= now or future.done()]
             for token in over:
                 future = self._take(token)
-                if future is not None and not future.done():
-                    future.set_exception(
-                        UnknownOutcomeError("no answer came in time", hint="the same call may be sent again")
-                    )
+                if future is not None:
+                    _fail(future, UnknownOutcomeError("no answer came in time", hint="the same call may be sent again"))
 
 
 class _Collection:
@@ -258,6 +236,12 @@ class _Collection:
         self.messages.append(message)
         if self._is_last(message):
             self.done.set_result(None)
+
+
+def _fail(future: asyncio.Future[Msg], error: HoldfastError) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # the waiter may be gone: mark as retrieved
 
 
 def is_no_responder(message: Msg) -> bool:

@@ -2,7 +2,7 @@
 
 It depends on the server's disk and mode.  Where every message is synced, one costs 0.15 ms and a batch 2.7 ms, however
 many it has; where the server syncs now and then, a message costs some 15 us and a batch as much as before.  Nothing
-tells a client which it is, so it is learned from what was sent, and now and then something is sent the other way.
+tells a client which it is, so it is learned from what was sent, and now and then something is sent singly to see.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ _WEIGHT: Final = 0.2
 _SINGLE_WEIGHT: Final = 0.5
 """Of the newest measurement; more of what is tried seldom."""
 
+_SURPRISE: Final = 4.0
+"""A measurement counts for so many times what was believed at most: what took long may have waited for something else,
+and a disk that really is so slow shows it again."""
+
+_FORGOTTEN: Final = 0.05
+"""How much of what was learned of batches is forgotten with each lot that goes singly where a batch could have gone:
+no batch is measured meanwhile, and one slow minute would decide for ever."""
+
 TRY_MESSAGES: Final = 32
 """Most messages sent singly to learn what that costs: 5 ms where it is the slower way."""
 
@@ -37,9 +45,14 @@ _TRY_EVERY: Final = 128
 
 
 class Pace:
-    """What was learned of one stream.  Its decisions are a function of what it was told."""
+    """What was learned of one stream.  Its decisions are a function of what it was told.
 
-    def __init__(self) -> None:
+    ``learns``: without it, what was believed first holds for good.  For messages that are to be stored in order: sent
+    singly, one that is lost on its way would be stored behind those that followed it.
+    """
+
+    def __init__(self, *, learns: bool = True) -> None:
+        self._learns = learns
         self._single_s = _SINGLE_S
         self._batch_s = _BATCH_S
         self._batches_left = _TRY_FIRST
@@ -58,16 +71,37 @@ class Pace:
         """Whether it is time to send some messages singly that would make a batch."""
         return self._batches_left <= 0
 
+    def together(self, waiting: int) -> int:
+        """Returns how many of the messages that wait are to be sent together."""
+        is_try = self.is_due and waiting > self.singly_up_to
+        return min(waiting, TRY_MESSAGES if is_try else limits.BATCH_MESSAGES)
+
+    def goes_singly(self, count: int) -> bool:
+        """Whether so many messages are to be sent singly, not as a batch."""
+        return count <= max(self.singly_up_to, TRY_MESSAGES if self.is_due else 0)
+
     def stored_singly(self, count: int, seconds: float) -> None:
         """Takes note of messages that were sent singly, all at once, and of how many were stored so."""
+        if not self._learns:
+            return
         self._batches_left = _TRY_EVERY if self.is_due else self._batches_left
+        if count > SINGLY_UP_TO:
+            self._batch_s += _FORGOTTEN * (_BATCH_S - self._batch_s)
         if count >= _LEAST:
-            # What was believed is no measurement.
-            weight = _SINGLE_WEIGHT if self._is_measured else 1.0
-            self._single_s += weight * (seconds / count - self._single_s)
-            self._is_measured = True
+            measured_s = seconds / count
+            if self._is_measured:
+                self._single_s += _SINGLE_WEIGHT * (_believable(measured_s, self._single_s, _SINGLE_S) - self._single_s)
+            else:
+                self._single_s, self._is_measured = measured_s, True  # what was believed is no measurement
 
     def stored_in_batch(self, count: int, seconds: float) -> None:
         """Takes note of a batch that was stored."""
+        if not self._learns:
+            return
         self._batches_left -= 1
-        self._batch_s += _WEIGHT * (max(0.0, seconds - count * _IN_BATCH_S) - self._batch_s)
+        measured_s = max(0.0, seconds - count * _IN_BATCH_S)
+        self._batch_s += _WEIGHT * (_believable(measured_s, self._batch_s, _BATCH_S) - self._batch_s)
+
+
+def _believable(measured_s: float, believed_s: float, usual_s: float) -> float:
+    return min(measured_s, _SURPRISE * max(believed_s, usual_s))

@@ -28,7 +28,7 @@ BATCH_BROKEN: Final = 10176
 it was stored."""
 DUPLICATE_UNDER_WAY: Final = 10158
 """In a cluster, another attempt with this message id has not been decided yet: it may still be stored, or not."""
-BATCH_HEADERS_BYTES: Final = 150
+_BATCH_HEADERS_BYTES: Final = 150
 """What the headers of a batch add to a message."""
 _RETRYABLE: Final = frozenset(
     {
@@ -137,53 +137,6 @@ async def publish_each(
     return outcomes
 
 
-class BatchSender:
-    """An atomic batch (ADR-50) whose messages are sent as they come, before it is known which is the last.
-
-    So the server prepares the batch, which costs it a millisecond or two, while the next messages are still being
-    made.  Nothing is stored before :meth:`commit`; without it the server forgets the batch.
-    """
-
-    def __init__(self, connection: Connection, *, timeout_s: float = ATTEMPT_S) -> None:
-        self._connection = connection
-        self._lean = connection.lean
-        self._token = self._lean.new_token()
-        self._id = f"{self._lean.inbox_id}-{self._token}"
-        self._outcome = self._lean.expect(self._token, timeout_s=timeout_s, is_batch=True)
-        self._held: Outgoing | None = None
-        self._sent = 0
-
-    def add(self, message: Outgoing) -> bool:
-        """Sends the message before this one; False when that cannot be done at once: then abandon the batch."""
-        held, self._held = self._held, message
-        if held is None:
-            return True
-        self._sent += 1
-        headers = _batch_headers(held, self._id, self._sent)
-        # The first and the last ask for an answer: a refused beginning is known at once, not after a time-out.
-        token = self._token if self._sent == 1 else None
-        return self._lean.publish_now(held.subject, held.payload, headers, reply_token=token)
-
-    async def commit(self) -> list[int]:
-        """Sends the last message, which stores all, and returns their sequences; errors as of :func:`publish_batch`."""
-        count = self._sent + 1
-        try:
-            if self._held is not None and not self._outcome.done():
-                headers = _batch_headers(self._held, self._id, count) | {H_BATCH_COMMIT: "1"}
-                await self._lean.publish(self._held.subject, self._held.payload, headers, reply_token=self._token)
-            return _sequences(_acknowledged(await self._outcome), count)
-        except UnknownOutcomeError:
-            self._connection.unknown_writes += count
-            raise
-        except BaseException:
-            self._outcome.cancel()
-            raise
-
-    def abandon(self) -> None:
-        """Has the batch forgotten: none of it will be stored."""
-        self._outcome.cancel()
-
-
 async def publish_batch(
     connection: Connection, messages: Sequence[Outgoing], *, timeout_s: float = ATTEMPT_S
 ) -> list[int]:
@@ -200,10 +153,10 @@ async def publish_batch(
     last = len(messages)
     try:
         for number, message in enumerate(messages, start=1):
-            headers = _batch_headers(message, batch_id, number)
+            headers = {**message.headers, H_BATCH_ID: batch_id, H_BATCH_SEQUENCE: str(number)}
             if number == last:
                 headers[H_BATCH_COMMIT] = "1"
-            check_payload(connection, message, room=BATCH_HEADERS_BYTES)
+            check_payload(connection, message, room=_BATCH_HEADERS_BYTES)
             # The first and the last ask for an answer: a refused beginning is known at once, not after a time-out.
             wants_reply = number in (1, last)
             await lean.publish(message.subject, message.payload, headers, reply_token=token if wants_reply else None)
@@ -214,17 +167,9 @@ async def publish_batch(
     except BaseException:
         outcome.cancel()
         raise
-    return _sequences(ack, last)
-
-
-def _batch_headers(message: Outgoing, batch_id: str, number: int) -> dict[str, str]:
-    return {**message.headers, H_BATCH_ID: batch_id, H_BATCH_SEQUENCE: str(number)}
-
-
-def _sequences(ack: PubAck, count: int) -> list[int]:
-    if ack.count != count:
-        raise UnknownOutcomeError(f"the server acknowledged {ack.count} of {count} messages of an atomic batch")
-    return list(range(ack.seq - count + 1, ack.seq + 1))
+    if ack.count != last:
+        raise UnknownOutcomeError(f"the server acknowledged {ack.count} of {last} messages of an atomic batch")
+    return list(range(ack.seq - last + 1, ack.seq + 1))
 
 
 def check_payload(connection: Connection, message: Outgoing, *, room: int = 0) -> int:

@@ -49,7 +49,8 @@ class TolerantClient(Client):
         """Has ``sink`` called with each message of the subscriptions to ``subject``, until they end.
 
         It is called with subject, reply subject, payload and header block as the server sent them, from within the
-        read loop: it must neither wait nor raise.  What it returns False for goes to the subscription's callback.
+        read loop: it must neither wait nor raise; a message that it raises over is lost.  What it returns False for
+        goes to the subscription's callback.
         """
         for sid, subscription in self._subs.items():
             if subscription.subject == subject:
@@ -106,18 +107,6 @@ class TolerantClient(Client):
             queue.put_nowait(self._flushed)
         return True
 
-    def send_pending(self) -> None:
-        """Hands to the system what waits for the flusher; leaves it to that while the system takes nothing."""
-        writer = getattr(self._transport, "_io_writer", None)
-        if writer is None or not self._pending or self._status != Client.CONNECTED:
-            return
-        transport = writer.transport
-        if transport.is_closing() or transport.get_write_buffer_size():
-            return
-        pending, self._pending = self._pending, []
-        self._pending_data_size = 0
-        transport.write(b"".join(pending))
-
     async def publish(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
@@ -146,6 +135,8 @@ class TolerantClient(Client):
 
     async def _process_connect_init(self) -> None:
         self._require_open()
+        # What the read loop of the connection before still took in, between its loss and its own end.
+        self._ps.reset()
         await super()._process_connect_init()
         self._require_open()
         writer = getattr(self._transport, "_io_writer", None)

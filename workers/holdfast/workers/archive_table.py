@@ -11,7 +11,8 @@ A cycle, with what a crash after each step leaves behind:
 6. tell who waits for it — a waiter of a dead process asks again.
 
 Steps 1 and 2 of the next piece, also of the next run, are done while the others are at work; what was read ahead is
-thrown away with the connection that it came by, and after any error.
+thrown away with the connection that it came by, and after any error.  So is a run that was read by two connections: a
+server that lost its tail in between gives the lost sequences to other messages, which would be passed over.
 
 The Delta commit refuses a run that does not begin where the last one ended, so of several archivers, or of one that was
 paused and wakes late, one commits and the others throw their work away.
@@ -133,7 +134,14 @@ class TableArchiver:
         Raises GapError or another IntegrityError when the stream is not what the lake remembers: nothing is archived
         or purged until that is mended.  A FenceError means that another archiver was faster, and is no fault.
         """
+        while (spanned := await self._cycle(limit=limit, up_to=up_to)) is None:
+            logger.info("connected anew, and read anew", extra={"action": "run_discarded", "table": self.table})
+        return spanned
+
+    async def _cycle(self, *, limit: int, up_to: int | None) -> int | None:
+        """As :meth:`cycle`; None, with nothing archived, when the connection was lost meanwhile."""
         info = await self._checked()
+        reconnects = self._checked_reconnects
         if self._intake is None:
             self.mark = watermark = await self.watermark()
             reader = StreamReader(
@@ -142,22 +150,14 @@ class TableArchiver:
             self._intake = Intake(self.table, reader)
         intake = self._intake
         run = Run(self._lake, self.table, intake.next_seq)
-        dead = 0
         try:
-            while run.spanned < limit and not run.is_full:
-                piece = await self._next_piece(intake, run, limit=limit, up_to=up_to)
-                self.archived_seq = run.first_seq - 1
-                if piece is None:
-                    break
-                if not run.spanned:
-                    await self._in_thread(lambda: self._index.refresh(self._lake))
-                rows, rejected = await self._prepare(piece, run.decided)
-                for letter in rejected:
-                    await bury(self._connection, self.stream, letter.message, letter.error)
-                await self._in_thread(partial(run.write, piece, rows))
-                dead += len(rejected)
+            dead = await self._fill(run, intake, limit=limit, up_to=up_to)
             if not run.spanned:
                 return 0
+            if self._connection.reconnects != reconnects:
+                await self._in_thread(run.discard)
+                await self._restart()
+                return None
             self.mark = await self._in_thread(run.commit)
         except BaseException as error:
             # Whatever went wrong, the next cycle begins where the lake says.  In the lake's thread, which may still be
@@ -177,6 +177,23 @@ class TableArchiver:
             extra={"action": "archived", "table": self.table, "rows": run.rows, "last_seq": run.last_seq},
         )
         return run.spanned
+
+    async def _fill(self, run: Run, intake: Intake, *, limit: int, up_to: int | None) -> int:
+        """Writes a run, up to its commit; returns how many of its messages were buried."""
+        dead = 0
+        while run.spanned < limit and not run.is_full:
+            piece = await self._next_piece(intake, run, limit=limit, up_to=up_to)
+            self.archived_seq = run.first_seq - 1
+            if piece is None:
+                break
+            if not run.spanned:
+                await self._in_thread(lambda: self._index.refresh(self._lake))
+            rows, rejected = await self._prepare(piece, run.decided)
+            for letter in rejected:
+                await bury(self._connection, self.stream, letter.message, letter.error)
+            await self._in_thread(partial(run.write, piece, rows))
+            dead += len(rejected)
+        return dead
 
     async def _next_piece(self, intake: Intake, run: Run, *, limit: int, up_to: int | None) -> Piece | None:
         """Returns the next piece of a run; None when what is there is in it already."""
