@@ -33,7 +33,7 @@ NODES: Final = 3
 CLIENT_PORT: Final = 4222
 MONITOR_PORT: Final = 8222
 ROUTE_PORT: Final = 6222
-READY_S: Final = 60.0
+READY_S: Final = 180.0
 """How long three nodes may take to be whole again: an election takes up to 9 s, a split vote another, and the machine
 is shared."""
 
