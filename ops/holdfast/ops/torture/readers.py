@@ -18,7 +18,7 @@ import random
 import signal
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -207,6 +207,9 @@ class Reader:
                     await self._count_once(sql)
                 except HoldfastError as error:
                     self._put_off(error, "the live view")
+                    if sql is not None:
+                        # It has a connection and a thread of its own.
+                        await asyncio.to_thread(_close_sql, sql)
                     sql = None
             await _sleep_unless(stop, _COUNT_S)
 
@@ -225,6 +228,11 @@ def _open_sql(lake: Path, url: str) -> Any:
     from holdfast.lake import connect as connect_lake
 
     return connect_lake(lake, url, live=["events"])
+
+
+def _close_sql(sql: Any) -> None:
+    with suppress(HoldfastError):
+        sql.close()
 
 
 def _count_events(sql: Any, namespace: str) -> int:
