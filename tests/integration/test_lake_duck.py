@@ -21,6 +21,7 @@ import holdfast.lake.footers as footers_module
 from holdfast.lake import Lake, LakeIndex, compact, connect, vacuum, write_views_file
 from holdfast.lake.compaction import MergePolicy
 from holdfast.lake.duck import Connection, ViewsFile
+from holdfast.lake.views import view_statements
 from holdfast.schemas.errors import ConfigurationError, DataDirectoryError, GapError, UnavailableError
 from tests.test_lake_samples import (
     EPOCH,
@@ -517,7 +518,7 @@ def test_the_file_of_views_is_not_begun_anew_for_ever(lake: Lake, monkeypatch: p
     archive(lake, "events", [event(1)])
     path = write_views_file(lake)
     other = Lake.open(lake.path)
-    make, tries = duck_module.view_statements, []
+    tries: list[int] = []
 
     def overtaken(*arguments: Any, **options: Any) -> Any:
         tries.append(1)
@@ -525,7 +526,7 @@ def test_the_file_of_views_is_not_begun_anew_for_ever(lake: Lake, monkeypatch: p
         archive(other, "events", [event(seq)])
         compact(other, policy=MergePolicy(min_files=2), at_ms=LATER_MS)
         vacuum(other, older_than_s=-60.0)
-        return make(*arguments, **options)
+        return view_statements(*arguments, **options)
 
     monkeypatch.setattr(duck_module, "view_statements", overtaken)
     with pytest.raises(UnavailableError, match="is not there") as raised:
