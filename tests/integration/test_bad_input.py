@@ -451,11 +451,13 @@ def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 async def test_arbitrary_requests_and_messages_stop_nobody(system: System) -> None:
     process = psutil.Process()
     await system.check_well()
     before = process.memory_info().rss
-    room = asyncio.Semaphore(64)
+    # Few enough that the last in the row is answered in time on a busy machine: counting everything takes a while.
+    room = asyncio.Semaphore(16)
     published: set[tuple[str, int]] = set()
 
     async def ask(endpoint: str, request: bytes) -> None:
