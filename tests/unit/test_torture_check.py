@@ -212,6 +212,11 @@ def test_a_watermark_that_goes_back_is_found(recorded: Recorded) -> None:
     # Another life of the stream begins anew.
     assert judged(recorded, sound(), samples[:2], marks=[mark(1, epoch="f")]) == []
     assert judged(recorded, sound(), samples[:2], marks=[mark(10)])[0].invariant == "I3"
+    # It was made anew between the two looks: the stream is still the old one, the watermark of the new.
+    torn = (*samples[:2], Sample(3.0, [Mark("S", "e", "f", 1, 1, 100, 50)]))
+    assert judged(recorded, sound(), torn, marks=[mark(7, epoch="f")]) == []
+    found = judged(recorded, sound(), torn, marks=[mark(30)])
+    assert [each.what for each in found] == ["the watermark went back to epoch e (3.0 s)"]
 
 
 def test_a_purge_above_the_watermark_is_found(recorded: Recorded) -> None:

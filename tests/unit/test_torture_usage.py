@@ -66,6 +66,17 @@ def test_what_only_a_young_process_lacks_is_no_growth() -> None:
     assert judged(*lives).is_flat is True
 
 
+def test_lives_are_compared_at_the_same_age() -> None:
+    """Caches fill for some minutes: a process that happens to live longer later on has not grown for that."""
+
+    def filling(at_s: float) -> float:
+        return 100 + min(at_s, 300) / 2
+
+    short = [life(filling, usual, began, began + 60) for began in range(0, 1_800, 60)]
+    long = [life(filling, usual, began, began + 600) for began in range(1_800, HOUR_S, 600)]
+    assert judged(*short, *long).is_flat is True
+
+
 def test_less_than_twenty_minutes_say_nothing_but_for_the_most() -> None:
     found = judged(life(lambda at_s: 100 + at_s, usual, 0, 900))
     assert (found.is_flat, found.growth) == (None, [])

@@ -60,8 +60,7 @@ class Sampler:
             for table in TABLES:
                 info = infos[STREAMS[table]]
                 found = await asyncio.to_thread(lake.watermark, table)
-                epoch = None if found is None else found.epoch
-                seq = found.seq if found is not None and found.epoch == info.epoch else 0
+                epoch, seq = (None, 0) if found is None else (found.epoch, found.seq)
                 marks.append(Mark(info.name, info.epoch, epoch, seq, info.first_seq, info.last_seq, info.messages))
         self.samples.append(Sample(round(time.monotonic() - started, 3), marks))
 

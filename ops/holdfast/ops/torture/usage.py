@@ -8,8 +8,9 @@ data file that is removed and still open counts.  Medians, because a merge or a 
 moment in any sample; a leak shows in all of them.
 
 Two series of each process are judged, if they are long enough (``JUDGED_S``): its longest life, and all its lives one
-after another, without the first ``YOUNG_S`` of each.  A process that is killed every other minute has no long life, but
-must not hold more each time that it comes back either.  In any case nothing may ever hold more than ``MOST_MIB``.
+after another, of each the time between ``YOUNG_S`` and ``OLD_S`` of age.  A process that is killed every other minute
+has no long life, but must not hold more each time that it comes back either; at the same age, because caches fill for
+some minutes, and lives are not equally long.  In any case nothing may ever hold more than ``MOST_MIB``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ JUDGED_S: Final = 1_080.0
 
 YOUNG_S: Final = 20.0
 """A process that was started a moment ago still reads what it had stored."""
+
+OLD_S: Final = 120.0
+"""Up to this age, lives are compared with each other."""
 
 _LEAST_SAMPLES: Final = 20
 """Of a quarter, for its median to say something."""
@@ -103,7 +107,8 @@ def summarize(lives: Sequence[Sequence[Point]], *, judged_s: float = JUDGED_S) -
     longest = max(lives, key=_seconds)
     every = [point for points in lives for point in points]
     grown_up = [point for points in lives for point in points if point.at_s - points[0].at_s >= YOUNG_S]
-    judged = [series for series in (longest, grown_up) if series and _seconds(series) >= judged_s]
+    of_an_age = [point for points in lives for point in points if YOUNG_S <= point.at_s - points[0].at_s < OLD_S]
+    judged = [series for series in (longest, of_an_age) if series and _seconds(series) >= judged_s]
     mib = _spread(every, grown_up or every, judged, lambda point: point.own_bytes / _MIB)
     files = _spread(every, grown_up or every, judged, lambda point: float(point.open_files - point.data_files))
     growth: list[str] = []
