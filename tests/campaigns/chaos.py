@@ -4,10 +4,8 @@
 
 First the same producers write as much as goes through for some seconds, undisturbed: that is the capacity.  Then they
 write ``--load`` of it while every fault strikes on the plan of ``holdfast torture``.  Memory and open files of each
-process are watched; a process is flat when the straight line through its samples, without the first third of its life,
-grows by less than ``GROWTH_MIB_PER_HOUR`` and ``GROWTH_FILES_PER_HOUR``, or by less than ``GROWTH_MIB`` and
-``GROWTH_FILES`` over what was watched.  A life that was watched for less than ``SHORTEST_S`` says nothing and is not
-judged: a process that is killed every minute has no slope, but its most must stay below ``MOST_MIB``.
+process are watched; from 20 minutes on, one that is not flat by the rule of :mod:`holdfast.ops.torture.usage` is a
+violation.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -28,20 +26,12 @@ from holdfast.ops.torture.faults import chosen_faults
 from holdfast.ops.torture.history import read_history
 from holdfast.ops.torture.rig import TortureRig
 from holdfast.ops.torture.run import WORKERS, TortureOptions, TortureReport, torture
+from holdfast.ops.torture.usage import not_flat
 from tests.campaigns.kills import conclude
 from tests.campaigns.rig import tell
 
-if TYPE_CHECKING:
-    from holdfast.ops.torture.samples import UsageSummary
-
 CAPACITY_S: Final = 10.0
 WARM_S: Final = 3.0
-GROWTH_MIB_PER_HOUR: Final = 48.0
-GROWTH_MIB: Final = 24.0
-GROWTH_FILES_PER_HOUR: Final = 6.0
-GROWTH_FILES: Final = 4.0
-SHORTEST_S: Final = 120.0
-MOST_MIB: Final = 1_500.0
 
 GAP_S: Final = 4.0
 """Mean time between two faults: the system is to run, not only to recover."""
@@ -81,24 +71,6 @@ async def measure_capacity(directory: Path, seed: int, seconds: float = CAPACITY
         await asyncio.sleep(seconds)
         written = read_history(rig.histories).counts()["acknowledged"] - before
         return written / (time.monotonic() - began)
-
-
-def not_flat(processes: dict[str, UsageSummary]) -> list[str]:
-    """Returns the processes that grow, and how: by the criterion that the module tells."""
-    found: list[str] = []
-    for name, usage in sorted(processes.items()):
-        if usage.rss_mib_most > MOST_MIB:
-            found.append(f"{name} took {usage.rss_mib_most:.0f} MiB")
-        if usage.seconds < SHORTEST_S:
-            continue
-        hours = usage.seconds / 3_600
-        for what, per_hour, limit_per_hour, limit in (
-            ("MiB", usage.rss_mib_per_hour, GROWTH_MIB_PER_HOUR, GROWTH_MIB),
-            ("open files", usage.files_per_hour, GROWTH_FILES_PER_HOUR, GROWTH_FILES),
-        ):
-            if per_hour > limit_per_hour and per_hour * hours > limit:
-                found.append(f"{name} grows by {per_hour:.1f} {what} an hour, watched for {usage.seconds:.0f} s")
-    return found
 
 
 async def campaign(

@@ -35,6 +35,7 @@ from holdfast.ops.server_config import find_server_binary
 from holdfast.ops.torture.check import Violation, check
 from holdfast.ops.torture.history import History, read_history
 from holdfast.ops.torture.observe import observe
+from holdfast.ops.torture.usage import UsageSummary
 from holdfast.schemas.errors import HoldfastError, UnavailableError
 from holdfast.streams.connection import open_connection
 from holdfast.streams.consumer import ack_floor
@@ -130,7 +131,7 @@ class Report(msgspec.Struct):
     client_outage_s: dict[str, dict[str, float]] = {}
     whole_s: dict[str, dict[str, float]] = {}
     worker_deaths: int = 0
-    memory: dict[str, dict[str, float]] = {}
+    memory: dict[str, UsageSummary] = {}
     power: str = ""
     replicas: int = 3
     durability: str = "durable"
@@ -394,6 +395,8 @@ class Campaign:
             await asyncio.gather(metering, return_exceptions=True)
         self.report.kinds = dict(counts)
         self.report.memory = meter.summary()
+        for grown in meter.not_flat():
+            self._violate("I7", "memory and files", grown)
 
     async def _segment(
         self,

@@ -30,6 +30,10 @@ SDK_CLIENTS: Final = 2
 GROUP: Final = 20
 """Events in one atomic batch that is sent once, whatever comes of it: it must be there whole, or not at all."""
 
+PINNED_RATE: Final = 5.0
+"""Writes a second of each writer that stays with its node."""
+
+_PINNED: Final = "pinned"
 _REMEMBERED: Final = 4_000
 _WATCH_S: Final = 0.02
 _CONNECT_S: Final = 20.0
@@ -63,8 +67,9 @@ class Clock:
         )
 
     def client_outage_s(self, began: float, ended: float) -> float:
-        """The longest time within which one writer, the unluckiest, had no acknowledgement."""
-        writers = {writer for _, _, writer in self.acknowledged}
+        """The longest time within which one writer, the unluckiest of those that know all nodes, had no
+        acknowledgement."""
+        writers = {writer for _, _, writer in self.acknowledged if _PINNED not in writer}
         return max(
             (_longest([at for at, _, by in self.acknowledged if by == writer], began, ended) for writer in writers),
             default=ended - began,
@@ -170,7 +175,10 @@ class Load:
                 self._write(_TimedRaw, raw, f"raw-{kind}", kinds=(kind,), namespace=self.namespace)
             self._write(_Grouped, await self._client(url, "grouped"), "grouped", kinds=("event",), rate=4 * GROUP)
             for number, one in enumerate(self._urls):
-                # Each begins at another node, and stays there while that answers, cut off from the others or not.
+                # Each knows one node and stays there, cut off from the others or not: whichever nodes a fault leaves in
+                # the majority, somebody writes everything there.
+                hf = await self._client(one, f"{_PINNED}{number}")
+                self._write(_TimedSdk, hf, f"{_PINNED}{number}", kinds=KINDS, rate=PINNED_RATE)
                 hf = await self._client(one, f"reader{number}")
                 self._tasks.append(asyncio.create_task(self._watch(hf, random.Random(self._seed + number))))
 

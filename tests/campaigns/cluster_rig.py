@@ -33,7 +33,7 @@ NODES: Final = 3
 CLIENT_PORT: Final = 4222
 MONITOR_PORT: Final = 8222
 ROUTE_PORT: Final = 6222
-READY_S: Final = 60.0
+READY_S: Final = 180.0
 """How long three nodes may take to be whole again: an election takes up to 9 s, a split vote another, and the machine
 is shared."""
 
@@ -202,7 +202,8 @@ class Node:
             'lame_duck_duration: "30s"',
             f'lame_duck_grace_period: "{_LAME_DUCK_GRACE_S}s"',
             f'jetstream {{ store_dir: "{self.store}", max_file_store: 8GB, sync_interval: {sync} }}',
-            f'cluster {{ name: holdfast, listen: "{_at(self.ports.route)}",',
+            # A client knows the nodes that it was told of, so that a test can say who stays where.
+            f'cluster {{ name: holdfast, listen: "{_at(self.ports.route)}", no_advertise: true,',
             *([] if advertise is None else [f'cluster_advertise: "{_at(advertise)}",']),
             "routes: [",
             *(f'  "nats://{_at(route)}"' for route in routes),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["leader-kill", "partition", "all-cut", "wipe", "rolling", "combined"]
 KINDS: Final[tuple[Kind, ...]] = ("leader-kill", "partition", "all-cut", "wipe", "rolling", "combined")
 
-RESUME_S: Final = 45.0
+RESUME_S: Final = 90.0
 """How long a fault that leaves a majority may keep writers waiting before it is cleared away, and told."""
 
 ONE_WAY_S: Final = 12.0

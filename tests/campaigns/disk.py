@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
 import random
 import shutil
@@ -24,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -38,11 +40,17 @@ from holdfast.schemas.errors import HoldfastError
 from holdfast.schemas.limits import KIB
 from holdfast.workers.control import evict, flush
 from tests.campaigns.disk_rig import DiskRig, Injection, Target, WatchedProducer, Watcher, disk_rig, what_is_missing
+from tests.campaigns.disk_waits import StalledError, Waits, supervised
 from tests.campaigns.rig import tell
+from tests.support import LIMIT_S
 
 Kind = Literal["enospc", "eio"]
 
 RESUMES_WITHIN_S: Final = 10.0
+_CALL_S: Final = 10.0
+"""How long a worker may take to answer a call; a fault may take the answer away."""
+
+_BLOCKED_S: Final = 180.0
 _RATE: Final = 60.0
 """Most writes a second of each producer; some are batches."""
 
@@ -116,16 +124,30 @@ def plan(seed: int, number: int, kinds: Sequence[Kind]) -> Run:
 
 
 async def campaign(
-    folder: Path, runs: int, seed: int, *, kinds: Sequence[Kind] = ("enospc", "eio"), rounds: int = 5, told: bool = True
+    folder: Path,
+    runs: int,
+    seed: int,
+    *,
+    kinds: Sequence[Kind] = ("enospc", "eio"),
+    rounds: int = 5,
+    told: bool = True,
+    waits: Waits | None = None,
 ) -> Outcome:
-    """Does the runs, ``rounds`` of them on each system; what breaks a promise is in the outcome."""
+    """Does the runs, ``rounds`` of them on each system; what breaks a promise is in the outcome.
+
+    That something did not happen in time is such a thing too: nothing is waited for without a bound.
+    """
     outcome = Outcome(seed=seed)
+    waits = waits or Waits()
     began_s = time.monotonic()
     while outcome.runs < runs and not outcome.violations:
         last = min(runs, outcome.runs + rounds)
         own = folder / f"from-{outcome.runs}"
-        async with disk_rig(own) as rig:
-            await _rounds(rig, [plan(seed, number, kinds) for number in range(outcome.runs, last)], seed, outcome)
+        planned = [plan(seed, number, kinds) for number in range(outcome.runs, last)]
+        try:
+            await supervised(_on_one_system(own, planned, seed, outcome, waits), waits)
+        except StalledError as error:
+            outcome.violations.append(f"runs {outcome.runs} to {last - 1}: {error}\nlogs and stacks are in {own}")
         outcome.runs = last
         if told:
             tell(
@@ -139,7 +161,18 @@ async def campaign(
     return outcome
 
 
-async def _rounds(rig: DiskRig, runs: Sequence[Run], seed: int, outcome: Outcome) -> None:
+async def _on_one_system(folder: Path, runs: Sequence[Run], seed: int, outcome: Outcome, waits: Waits) -> None:
+    waits.begin("the start of the system", 3 * LIMIT_S)
+    async with disk_rig(folder) as rig:
+        await _rounds(rig, runs, seed, outcome, waits)
+        if outcome.violations:
+            await rig.keep()
+        waits.begin("the stop of the system", 3 * LIMIT_S)
+    if rig.complaint:
+        outcome.violations.append(f"{rig.complaint}: {_end_of(rig.log)}")
+
+
+async def _rounds(rig: DiskRig, runs: Sequence[Run], seed: int, outcome: Outcome, waits: Waits) -> None:
     watcher = Watcher()
     history_path = rig.folder / "history.ndjson"
     pause = rig.folder / "pause"
@@ -152,31 +185,38 @@ async def _rounds(rig: DiskRig, runs: Sequence[Run], seed: int, outcome: Outcome
             name = f"{kind}{runs[0].number}"
             producers.append(WatchedProducer(hf, writer, name, seed, watcher, kind))
         tasks = [asyncio.create_task(each.run(stop, rate=_RATE, pause=pause)) for each in producers]
-        upkeep = asyncio.create_task(_upkeep(rig, random.Random(f"upkeep {seed} {runs[0].number}")))
+        tasks.append(asyncio.create_task(_upkeep(rig, random.Random(f"upkeep {seed} {runs[0].number}"), stop)))
         try:
             for run in runs:
-                await run_once(rig, run, watcher, outcome, pause)
+                await run_once(rig, run, watcher, outcome, pause, waits)
                 if outcome.violations:
                     return  # what is there is kept; nothing more can be learned from a system that stands still
         finally:
             stop.set()
-            upkeep.cancel()
-            await asyncio.gather(*tasks, upkeep, return_exceptions=True)
+            waits.begin("the end of the load", 2 * LIMIT_S)
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            outcome.violations.extend(f"the load broke off: {end!r}" for end in ends if isinstance(end, Exception))
         for each in producers:
+            waits.begin(f"an answer to what producer {each.producer} had none to", 2 * LIMIT_S)
             await each.settle()
+        waits.begin("the end of the clients", LIMIT_S)
     outcome.causes += watcher.causes
-    await _verify(rig, history_path, outcome)
+    await _verify(rig, history_path, outcome, waits)
     actions = rig.told()
     outcome.sticky += actions["server_refuses"]
     outcome.restarts += actions["server_restarted"]
     outcome.archive_stopped += actions["archive_stopped"]
 
 
-async def run_once(rig: DiskRig, run: Run, watcher: Watcher, outcome: Outcome, pause: Path) -> None:
+async def run_once(
+    rig: DiskRig, run: Run, watcher: Watcher, outcome: Outcome, pause: Path, waits: Waits | None = None
+) -> None:
     """Does one run under a load that tells the watcher; notes what it saw, and what broke a promise."""
     outcome.kinds[run.kind if run.injection is None else f"{run.kind} by calls of {run.injection.target}"] += 1
+    waits = waits or Waits()
     if run.is_idle:
         pause.touch()
+    waits.begin(f"the fault of run {run.number} ({run})", run.before_s + run.lasts_s + 2 * LIMIT_S)
     await asyncio.sleep(run.before_s)
     watcher.forget()
     began_s = time.monotonic()
@@ -196,6 +236,7 @@ async def run_once(rig: DiskRig, run: Run, watcher: Watcher, outcome: Outcome, p
         watcher.forget()
         ended_s = time.monotonic()
     limit_s = ended_s + 3 * RESUMES_WITHIN_S
+    waits.begin(f"a look at service after run {run.number} ({run})", 3 * RESUMES_WITHIN_S + LIMIT_S)
     while (  # noqa: ASYNC110  three conditions of three owners
         len(watcher.acknowledged_at_s) < len(KINDS) and time.monotonic() < limit_s and rig.ended() is None
     ):
@@ -213,27 +254,31 @@ async def run_once(rig: DiskRig, run: Run, watcher: Watcher, outcome: Outcome, p
     outcome.resumed_after_s.append(resumed_s)
 
 
-async def _upkeep(rig: DiskRig, choice: random.Random) -> None:
+async def _upkeep(rig: DiskRig, choice: random.Random, stop: asyncio.Event) -> None:
     """Takes archived contexts out of the hot tier, now and then: a purge may be what meets the fault."""
     async with connect(rig.url, "default", "upkeep") as hf:
-        while True:
+        # Not until it is cancelled: a cancel may be lost in a request that ends in the same moment.
+        while not stop.is_set():
             await asyncio.sleep(choice.uniform(0.2, 1.5))
             try:
-                await evict(hf.connection, choice.choice((0.0, 0.5, 2.0)))
+                await evict(hf.connection, choice.choice((0.0, 0.5, 2.0)), timeout_s=_CALL_S)
             except HoldfastError:
                 continue  # the fault: health tells of it
 
 
-async def _verify(rig: DiskRig, history_path: Path, outcome: Outcome) -> None:
+async def _verify(rig: DiskRig, history_path: Path, outcome: Outcome, waits: Waits) -> None:
+    waits.begin("the archiving of everything", 3 * LIMIT_S)
     async with _archived(rig, outcome) as is_archived:
         if not is_archived:
             return
+        waits.begin("the reading of everything", 6 * LIMIT_S)
         history = await asyncio.to_thread(read_history, [history_path])
         counts = history.counts()
         outcome.acknowledged += counts["acknowledged"]
         outcome.refused += counts["refused"]
         outcome.unknown += counts["unknown"]
         observation = await observe(rig.url, rig.lake, namespaces=["default"])
+        waits.begin("the check of everything", 6 * LIMIT_S)
         found = await asyncio.to_thread(check, history, observation)
     outcome.lost += sum(violation.invariant == "I1" for violation in found)
     outcome.doubled += sum(violation.invariant == "I2" for violation in found)
@@ -248,7 +293,7 @@ async def _archived(rig: DiskRig, outcome: Outcome) -> AsyncGenerator[bool]:
     """Whether everything could be archived: the workers are whole again."""
     try:
         async with connect(rig.url) as hf:
-            await flush(hf.connection)
+            await flush(hf.connection, timeout_s=2 * LIMIT_S)
     except HoldfastError as error:
         outcome.violations.append(f"archiving did not go on: {error}; {_end_of(rig.log)}")
         yield False
@@ -291,9 +336,16 @@ def main() -> int:
     logging.getLogger("holdfast").setLevel(logging.CRITICAL)
     folder = chosen.data or Path(tempfile.mkdtemp(prefix="holdfast-disk-campaign-"))
     kinds: list[Kind] = [kind for kind in ("enospc", "eio") if kind in chosen.kind.split(",")]
-    outcome = asyncio.run(
-        campaign(folder, chosen.runs, chosen.seed, kinds=kinds, rounds=chosen.rounds, told=not chosen.json)
-    )
+    # A blocked event loop could not even say so.
+    waits = Waits(on_look=partial(faulthandler.dump_traceback_later, _BLOCKED_S, exit=True))
+    try:
+        outcome = asyncio.run(
+            campaign(
+                folder, chosen.runs, chosen.seed, kinds=kinds, rounds=chosen.rounds, told=not chosen.json, waits=waits
+            )
+        )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     for violation in outcome.violations:
         tell(f"seed {chosen.seed}: {violation}")
     if outcome.violations:

@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from holdfast.ops.server_config import LOG_FILE
+from holdfast.ops.torture.disk_faults import end_tracer
 from holdfast.ops.torture.load import SdkProducer
 from holdfast.schemas.errors import StorageFailedError
 from holdfast.schemas.limits import MIB
 from holdfast.streams.local_server import read_local_server
+from tests.campaigns.disk_waits import STACKS_SIGNAL, StalledError, until_told
 from tests.support import LIMIT_S
 
 if TYPE_CHECKING:
@@ -35,6 +38,15 @@ if TYPE_CHECKING:
 
 DISK_BYTES: Final = 96 * MIB
 ROOT: Final = Path(__file__).resolve().parents[2]
+_MOUNT_S: Final = 30.0
+_START_S: Final = 2 * LIMIT_S
+_HOLDFAST: Final = """
+from tests.campaigns.disk_waits import tell_stacks_when_asked
+from holdfast.ops.cli.app import main
+
+tell_stacks_when_asked()
+main()
+"""
 
 Target = Literal["server", "up"]
 
@@ -67,7 +79,9 @@ class SmallDisk:
     def mount(self) -> None:
         """Makes the file system."""
         options = f"size={self._size}"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "holdfast-test", str(self.path)], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "holdfast-test", str(self.path)], check=True, timeout=_MOUNT_S
+        )
         self._mounted = True
 
     def fill(self, leave: int = 0) -> None:
@@ -91,7 +105,7 @@ class SmallDisk:
     def remove(self) -> None:
         """Unmounts and forgets it; lazily, should something still use it."""
         if self._mounted:
-            subprocess.run(["umount", "-l", str(self.path)], check=False)
+            subprocess.run(["umount", "-l", str(self.path)], check=False, timeout=_MOUNT_S)
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
@@ -135,12 +149,14 @@ class WatchedProducer(SdkProducer):
 class DiskRig:
     """``holdfast up`` on a small disk, with all workers."""
 
-    def __init__(self, folder: Path, disk: SmallDisk) -> None:
+    def __init__(self, folder: Path, disk: SmallDisk, process: asyncio.subprocess.Process | None = None) -> None:
         self.folder = folder
         self.disk = disk
         self.data = disk.path / "data"
         self.url = ""
-        self._process: asyncio.subprocess.Process | None = None
+        self.complaint = ""
+        """What was wrong with the way in which it stopped."""
+        self._process = process
 
     @property
     def lake(self) -> Path:
@@ -159,32 +175,51 @@ class DiskRig:
         }
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "holdfast.ops.cli", "up", "--data", str(self.data), "--json"),
+                *(sys.executable, "-c", _HOLDFAST, "up", "--data", str(self.data), "--json"),
                 env=environment,
                 cwd=ROOT,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
             )
         assert self._process.stdout is not None
-        line = await asyncio.wait_for(self._process.stdout.readline(), LIMIT_S)
+        try:
+            async with asyncio.timeout(_START_S):
+                line = await self._process.stdout.readline()
+        except TimeoutError as error:
+            raise StalledError(f"'holdfast up' did not serve within {_START_S:g} s: {self.log}") from error
         if not line:
-            raise RuntimeError(f"the system did not start: {self.log.read_text()[-2000:]}")
+            raise StalledError(f"'holdfast up' ended before it served: {self.log.read_text()[-2000:]}")
         self.url = json.loads(line)["nats_url"]
 
-    async def stop(self) -> int | None:
-        """Asks the system to stop, and kills it when it does not; returns its exit status."""
+    async def stop(self) -> str:
+        """Asks the system to stop, and kills it when it does not; returns what went wrong, or nothing."""
         process = self._process
-        if process is None:
-            return None
-        if process.returncode is None:
+        if process is None or process.returncode is not None:
+            return ""
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        if await ends_within(process, LIMIT_S):
+            return ""
+        await self.keep()
+        self.kill()
+        ends = "" if await ends_within(process, LIMIT_S) else ", nor when it was killed"
+        return f"'holdfast up' did not stop within {LIMIT_S:g} s{ends}"
+
+    def kill(self) -> None:
+        """Kills the system, and with it its server."""
+        if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-            try:
-                await asyncio.wait_for(process.wait(), LIMIT_S)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-        return process.returncode
+                self._process.kill()
+
+    async def keep(self) -> None:
+        """Keeps beside the history what a system that stands still would take with it: its stacks, the server's log."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(STACKS_SIGNAL)
+            await until_told(self.log)
+        logs = (self.data / LOG_FILE).parent
+        with contextlib.suppress(OSError, shutil.Error):
+            shutil.copytree(logs, self.folder / "server-logs", dirs_exist_ok=True)
 
     def ended(self) -> int | None:
         """The exit status of the system, None while it runs."""
@@ -223,10 +258,17 @@ class DiskRig:
         try:
             yield
         finally:
-            if tracer.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    tracer.terminate()
-            await tracer.wait()
+            await end_tracer(tracer)
+
+
+async def ends_within(process: asyncio.subprocess.Process, timeout_s: float) -> bool:
+    """Whether a process ends in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await process.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 @asynccontextmanager
@@ -240,8 +282,12 @@ async def disk_rig(folder: Path, size: int = DISK_BYTES) -> AsyncGenerator[DiskR
         try:
             await rig.start()
             yield rig
+        except (asyncio.CancelledError, StalledError):
+            await rig.keep()
+            rig.kill()
+            raise
         finally:
             disk.free()
-            await rig.stop()
+            rig.complaint = await rig.stop()
     finally:
         disk.remove()

@@ -31,7 +31,8 @@ from holdfast.ops.torture.proxy import Proxy
 from holdfast.ops.torture.readers import Tail
 from holdfast.ops.torture.rig import TortureRig
 from holdfast.ops.torture.run import WORKERS, Verdict, count_doubled, count_lost, judge, versions
-from holdfast.ops.torture.samples import Sampler, UsageSummary
+from holdfast.ops.torture.samples import Sampler
+from holdfast.ops.torture.usage import UsageSummary
 from holdfast.schemas.errors import HoldfastError
 from holdfast.streams.connection import open_connection
 from holdfast.streams.topology import stream_info

@@ -13,6 +13,7 @@ batches     while they write atomic batches, and commits of many keys: each is t
 purge       while what is archived leaves the streams at once
 archiving   while the lake grows: Parquet, Delta commits, checkpoints, merges, clean-up, the index
 trimming    while superseded versions, and deleted keys with their tombstones, leave the hot tier
+changing    while they write, and the streams themselves are changed
 torn        any of these, and of what was written and not synced some pages are there, in any order
 ==========  ==========================================================================================================
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from collections import deque
@@ -18,6 +19,7 @@ from holdfast.ops.torture.load import CONTEXT_KIND, Producer, SdkProducer, body_
 from holdfast.ops.torture.plain import canonical
 from holdfast.ops.torture.raw_load import RawProducer, connected
 from holdfast.schemas.errors import HoldfastError
+from holdfast.streams.wire import STREAM_OF_TABLE
 
 if TYPE_CHECKING:
     from holdfast.client.key_writer import Decide
@@ -46,6 +48,7 @@ class LoadTask(msgspec.Struct, tag="load"):
     seconds: float | None = None
     batches: bool = False
     buries: bool = False
+    changes: bool = False
 
 
 class Burial(msgspec.Struct):
@@ -105,6 +108,8 @@ async def run_load(task: LoadTask) -> None:
                     group.create_task(producer.run(stop, rate=task.rate))
                 if task.buries:
                     group.create_task(_bury(hf, task, stop))
+                for name in STREAM_OF_TABLE.values() if task.changes else ():
+                    group.create_task(_change(hf, name, stop))
                 _tell("ready")
                 if task.seconds is not None:
                     await asyncio.sleep(task.seconds)
@@ -142,6 +147,18 @@ async def _bury(hf: Holdfast, task: LoadTask, stop: asyncio.Event) -> None:
             os.write(descriptor, _line(Burial(key, "delete", gone.version)))
         except HoldfastError:
             await asyncio.sleep(0.01)
+
+
+async def _change(hf: Holdfast, name: str, stop: asyncio.Event) -> None:
+    """Changes how a stream is described, as a new epoch does, and a mark that heads have left."""
+    config = (await hf.connection.api(f"STREAM.INFO.{name}"))["config"]
+    number = 0
+    while not stop.is_set():
+        number += 1
+        metadata = config["metadata"] | {"campaign.change": str(number)}
+        with contextlib.suppress(HoldfastError):
+            await hf.connection.api(f"STREAM.UPDATE.{name}", config | {"metadata": metadata})
+        await asyncio.sleep(0)
 
 
 def _line(burial: Burial) -> bytes:

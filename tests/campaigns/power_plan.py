@@ -10,10 +10,10 @@ import msgspec
 
 from tests.campaigns.power_worker import POINTS
 
-PowerKind = Literal["idle", "writing", "purge", "torn", "batches", "archiving", "trimming"]
+PowerKind = Literal["idle", "writing", "purge", "torn", "batches", "archiving", "trimming", "changing"]
 
 KINDS: Final[tuple[PowerKind, ...]] = get_args(PowerKind)
-_TEARABLE: Final[tuple[PowerKind, ...]] = ("writing", "batches", "purge", "archiving", "trimming")
+_TEARABLE: Final[tuple[PowerKind, ...]] = ("writing", "batches", "purge", "archiving", "trimming", "changing")
 
 ROUNDS_PER_DISK: Final = 6
 """Cuts of one file system, each on what the one before has left; then a new one is made."""

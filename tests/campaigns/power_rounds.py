@@ -22,6 +22,7 @@ from holdfast.client import connect
 from holdfast.lake import Lake
 from holdfast.ops.server import EmbeddedServer
 from holdfast.ops.server_config import ServerSettings
+from holdfast.ops.stream_files import CHECKSUM, DESCRIPTION, checksum_of
 from holdfast.ops.torture.check import check
 from holdfast.ops.torture.history import History, read_history
 from holdfast.ops.torture.observe import observe
@@ -91,6 +92,7 @@ class Machine:
         self._torn: list[str] = []
         self._done: Counter[str] = Counter()
         self._gone = 0
+        self._cut_off = 0
         for path in (self.history, self.graves):
             path.unlink(missing_ok=True)
 
@@ -189,6 +191,7 @@ class Machine:
             seconds=plan.seconds if is_idle else None,
             batches=plan.hits == "batches",
             buries=plan.hits == "trimming",
+            changes=plan.hits == "changing",
             lanes=1 if plan.has_upkeep else 3,
             rate=_UPKEEP_RATE if plan.has_upkeep else None,
         )
@@ -254,6 +257,7 @@ class Machine:
             done = await work_done(connection, self.lake)
         done["batches"] = self._batches.seen
         done["deleted keys gone from the hot tier, of those looked at"] = self._gone
+        done["descriptions of streams cut off"] = self._cut_off
         # What was set aside or made again after a cut may make a number smaller.
         new = {name: max(0, count - self._done[name]) for name, count in done.items()}
         self._done = done
@@ -298,6 +302,7 @@ class Machine:
             yield
 
     async def _start(self) -> None:
+        self._cut_off += _cut_off_descriptions(self.disk.mounted_at / "nats")
         server = EmbeddedServer(
             ServerSettings(data=self.disk.mounted_at / "nats", durability=self._durability, announce=False)
         )
@@ -318,3 +323,14 @@ class Machine:
 
     def _target(self) -> ConnectionTarget:
         return ConnectionTarget(url=self.url, origin="campaign")
+
+
+def _cut_off_descriptions(data: Path) -> int:
+    """How many streams have a description that is not the one of their checksum: the server alone would lose them."""
+    found = data.glob(f"jetstream/*/streams/*/{DESCRIPTION}")
+    return sum(checksum_of(path.parent.name, path.read_bytes()) != _checksum_beside(path) for path in found)
+
+
+def _checksum_beside(description: Path) -> bytes:
+    path = description.with_name(CHECKSUM)
+    return path.read_bytes() if path.exists() else b""

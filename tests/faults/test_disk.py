@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import sys
+import time
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +20,7 @@ from holdfast.ops import server_watch
 from holdfast.ops.data_directory import LEAST_FREE_BYTES
 from holdfast.ops.server import EmbeddedServer
 from holdfast.ops.server_config import ServerSettings
+from holdfast.ops.server_probe import check_health
 from holdfast.ops.server_watch import (
     STEADY_S,
     Answers,
@@ -29,7 +32,15 @@ from holdfast.ops.server_watch import (
     watch_server,
 )
 from holdfast.ops.system import watched
-from holdfast.schemas.errors import DataDirectoryError, HoldfastError, RetryError, StorageFailedError, UnavailableError
+from holdfast.ops.torture import disk_faults
+from holdfast.schemas.errors import (
+    DataDirectoryError,
+    HoldfastError,
+    RetryError,
+    StorageFailedError,
+    UnavailableError,
+    UnknownOutcomeError,
+)
 from holdfast.schemas.limits import MIB
 from holdfast.streams.connection import open_connection
 from holdfast.streams.connection_target import ConnectionTarget
@@ -50,16 +61,16 @@ from holdfast.streams.write_probe import (
 )
 from tests.campaigns import disk as disk_campaign
 from tests.campaigns.disk import Outcome, Run, campaign, plan, run_once
-from tests.campaigns.disk_rig import SmallDisk, Watcher, what_is_missing
+from tests.campaigns.disk_rig import DiskRig, Injection, SmallDisk, Watcher, ends_within, what_is_missing
+from tests.campaigns.disk_waits import STACKS_SIGNAL, StalledError, Waits, supervised
 from tests.running import eventually
-from tests.support import OwnServer, create_stream, stop_process
+from tests.support import LIMIT_S, OwnServer, create_stream, stop_process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncGenerator, Iterator
 
     from holdfast.schemas.refs import Ref
     from holdfast.streams.connection import Connection
-    from tests.campaigns.disk_rig import DiskRig
 
 needs_disks = pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "-")
 
@@ -372,6 +383,86 @@ async def _purge_then_store(connection: Connection) -> None:
     await publish(connection, Outgoing("$KV.ctx-hot.default.b", {}, os.urandom(60_000)), timeout_s=1)
 
 
+class FilledUpAtStart(EmbeddedServer):
+    """A server whose disk fills up in the moment of its start, each time that is asked for."""
+
+    def __init__(self, settings: ServerSettings, disk: SmallDisk) -> None:
+        super().__init__(settings)
+        self._disk = disk
+        self.times = 0
+
+    async def _spawn(self, binary: Path) -> asyncio.subprocess.Process:
+        if self.times:
+            self.times -= 1
+            await asyncio.to_thread(self._disk.fill)
+        return await super()._spawn(binary)
+
+
+@needs_disks
+@pytest.mark.asyncio
+async def test_a_disk_that_fills_up_while_the_server_restarts_holds_nothing_up(disk: SmallDisk) -> None:
+    """The server cannot even say where it listens then, nor will it ever: that is not waited for."""
+    async with FilledUpAtStart(ServerSettings(data=disk.path / "data"), disk) as server:
+        url = server.info.nats_url
+        async with open_connection(url) as connection:
+            await ensure_topology(connection)
+            await publish(connection, Outgoing("$KV.ctx-hot.default.a", {}, b"a"))
+            server.times = 1
+            async with asyncio.timeout(10):
+                with pytest.raises(DataDirectoryError, match="no space left on device"):
+                    await server.restart()
+                assert not server.is_running
+                disk.free()
+                await server.restart()
+                assert server.info.nats_url == url
+                await eventually(partial(_stores, connection))
+            assert (await stream_info(connection, HOT_STREAM)).messages == 1
+
+
+@needs_disks
+@pytest.mark.asyncio
+async def test_starts_that_a_full_disk_has_spoiled_are_not_held_against_the_server(
+    disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_watch, "FAILED_STARTS", 2)
+    async with (
+        FilledUpAtStart(ServerSettings(data=disk.path / "data"), disk) as server,
+        open_connection(server.info.nats_url) as connection,
+    ):
+        await ensure_topology(connection)
+        watch = server_watch.Watch(server, connection)
+        await asyncio.to_thread(disk.fill)
+        with pytest.raises(HoldfastError):
+            await publish(connection, Outgoing("$KV.ctx-hot.default.a", {}, os.urandom(60_000)), timeout_s=0.5)
+        for _ in range(3):
+            await watch.look()
+            disk.free()
+            server.times = 1
+            await watch.look()
+            assert server.times == 0
+            assert not server.is_running
+        await watch.look()
+        disk.free()
+        await watch.look()
+        assert server.is_running
+        await eventually(partial(_stores, connection))
+
+
+@needs_disks
+@pytest.mark.asyncio
+async def test_a_server_that_has_failed_to_write_is_not_waited_for(disk: SmallDisk) -> None:
+    async with EmbeddedServer(ServerSettings(data=disk.path / "data")) as server:
+        async with open_connection(server.info.nats_url) as connection:
+            await ensure_topology(connection)
+            await asyncio.to_thread(disk.fill)
+            with pytest.raises(UnknownOutcomeError):
+                await publish(connection, Outgoing("$KV.ctx-hot.default.a", {}, os.urandom(60_000)), timeout_s=0.5)
+        with pytest.raises(StorageFailedError) as raised:
+            await check_health(server.info.monitor_url)
+        assert raised.value.cause == "no space left on device"
+        disk.free()
+
+
 @needs_disks
 @pytest.mark.asyncio
 async def test_a_server_is_not_started_on_a_full_disk(disk: SmallDisk) -> None:
@@ -386,9 +477,11 @@ async def test_a_server_is_not_started_on_a_full_disk(disk: SmallDisk) -> None:
 
 
 @needs_disks
+@pytest.mark.timeout(200)
 @pytest.mark.asyncio
 async def test_short_campaign(tmp_path: Path) -> None:
-    outcome = await campaign(tmp_path, 2, seed=1669, rounds=2, told=False)
+    # Less than a test may take: what does not happen is told by the campaign, which knows what it waits for.
+    outcome = await campaign(tmp_path, 2, seed=1669, rounds=2, told=False, waits=Waits(total_s=150))
     assert outcome.violations == []
     assert outcome.runs == 2
     assert outcome.acknowledged > 50
@@ -400,6 +493,8 @@ class StandingStill:
 
     disk = SmallDisk.__new__(SmallDisk)
     log = Path("/dev/null")
+
+    complaint = ""
 
     @staticmethod
     def ended() -> None:
@@ -416,6 +511,137 @@ async def test_a_campaign_notices_that_service_does_not_resume(tmp_path: Path, m
     await run_once(cast("DiskRig", StandingStill()), run, Watcher(), outcome, tmp_path / "pause")
     assert len(outcome.violations) == 1
     assert "service resumed after" in outcome.violations[0]
+
+
+@pytest.mark.asyncio
+async def test_a_campaign_that_stands_still_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def system(_folder: Path) -> AsyncGenerator[StandingStill]:
+        yield StandingStill()
+
+    async def rounds(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(disk_campaign, "disk_rig", system)
+    monkeypatch.setattr(disk_campaign, "_rounds", rounds)
+    async with asyncio.timeout(10):
+        outcome = await campaign(tmp_path, 4, seed=1, rounds=2, told=False, waits=Waits(total_s=0.1))
+    assert len(outcome.violations) == 1
+    assert "runs 0 to 1: the start of the system did not happen within 0 s" in outcome.violations[0]
+    assert "rounds (test_disk.py" in outcome.violations[0]
+    assert str(tmp_path) in outcome.violations[0]
+
+
+@pytest.mark.asyncio
+async def test_work_that_stands_still_ends_though_a_cancel_is_lost() -> None:
+    cancelled: list[float] = []
+
+    async def work() -> None:
+        waits.begin("nothing at all", 0.05)
+        while len(cancelled) < 2:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(time.monotonic())
+
+    waits = Waits()
+    with pytest.raises(StalledError, match="nothing at all did not happen within"):
+        await supervised(work(), waits, cleanup_s=0.3)
+    assert len(cancelled) == 2
+    assert await supervised(asyncio.sleep(0, "done"), Waits()) == "done"
+
+
+TOLD_WHEN_ASKED = """
+import asyncio
+from functools import partial
+from tests.campaigns.disk_waits import tell_stacks_when_asked
+
+async def outer() -> None:
+    await inner()
+
+async def inner() -> None:
+    asyncio.get_running_loop().call_soon(partial(print, "ready", flush=True))
+    await asyncio.Event().wait()
+
+tell_stacks_when_asked()
+asyncio.run(outer())
+"""
+
+
+@pytest.mark.asyncio
+async def test_a_process_tells_where_its_tasks_stand_when_it_is_asked() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", TOLD_WHEN_ASKED),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            assert await process.stdout.readline() == b"ready\n"
+            process.send_signal(STACKS_SIGNAL)
+            told = await process.stderr.readuntil(b"end of stacks")
+        assert b"outer (<string>:7) > inner (<string>:11) > wait" in told
+    finally:
+        process.kill()
+        await process.wait()
+
+
+MANY_THREADS = """
+import os, sys, threading, time
+
+def write() -> None:
+    while True:
+        try:
+            os.fsync(file)
+        except OSError:
+            pass
+        time.sleep(0.001)
+
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+for _ in range(4):
+    threading.Thread(target=write).start()
+print("ready", flush=True)
+"""
+
+
+@needs_disks
+@pytest.mark.asyncio
+async def test_a_fault_ends_though_its_tracer_does_not_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracer that is told to stop while what it traces is killed waits for ever; so does a stopped one."""
+    monkeypatch.setattr(disk_faults, "TRACER_S", 0.1)
+    disk = SmallDisk()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", MANY_THREADS, str(tmp_path / "file")), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+        rig = DiskRig(tmp_path, disk, process)
+        async with asyncio.timeout(LIMIT_S):
+            async with rig.failing(Injection("up", "fsync", "EIO", "1+")):
+                await eventually(lambda: 0 not in tracers_of(process.pid))
+                (tracer,) = tracers_of(process.pid)
+                stop_process(tracer)
+                # Its dead threads are told to the tracer alone, so this process cannot be buried.
+                process.kill()
+            assert await ends_within(process, LIMIT_S)
+        assert not Path(f"/proc/{tracer}").exists()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        disk.remove()
+
+
+def tracers_of(pid: int) -> set[int]:
+    """Who traces the threads of a process, 0 for nobody."""
+    statuses = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
+    return {int(status.partition("TracerPid:")[2].split()[0]) for status in statuses}
 
 
 INDEX_WRITER = """

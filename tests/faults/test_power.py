@@ -51,10 +51,10 @@ def quiet(_: str) -> None:
 
 @needs_disk
 def test_power_cuts_lose_nothing_in_durable() -> None:
-    report = asyncio.run(run(rounds("torn", "batches", "purge", "trimming"), seed=SEED, say=quiet))
+    report = asyncio.run(run(rounds("torn", "batches", "purge", "trimming", "changing"), seed=SEED, say=quiet))
     assert report.violations == 0, report
     assert (report.lost, report.doubled) == (0, 0)
-    assert report.cuts == 4
+    assert report.cuts == 5
     assert report.acknowledged > 100
     assert report.done["batches"] > 0
     assert report.done["commits"] > 0

@@ -21,7 +21,6 @@ from holdfast.ops.torture.observe import observe
 from holdfast.ops.torture.readers import read_notes
 from holdfast.ops.torture.rig import TortureRig
 from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
-from tests.campaigns.chaos import not_flat
 from tests.campaigns.kills import Campaign
 from tests.running import eventually
 from tests.support import OwnServer, api, plain_client
@@ -163,13 +162,3 @@ async def test_a_reader_notes_what_is_not_found_during_the_run(own_server: OwnSe
         await eventually(lambda: read_notes(rig.notes)[0])
         found = read_notes(rig.notes)[0]
         assert all(invented.id in line and "version 99" in line for line in found)
-
-
-async def test_a_process_that_grows_is_told() -> None:
-    from holdfast.ops.torture.samples import summarize
-
-    mib = 1024 * 1024
-    grows = summarize([[(float(at_s), at_s * mib // 10, 10 + at_s // 60) for at_s in range(600)]])
-    flat = summarize([[(float(at_s), 100 * mib + at_s % 7 * mib, 10 + at_s % 2) for at_s in range(600)]])
-    short = summarize([[(float(at_s), at_s * mib, 10) for at_s in range(60)]])
-    assert [line.split()[0] for line in not_flat({"grows": grows, "flat": flat, "short": short})] == ["grows", "grows"]

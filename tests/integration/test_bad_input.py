@@ -25,7 +25,7 @@ from holdfast.schemas.names import CHUNK_KIND, encode_token
 from holdfast.schemas.refs import compute_digest, format_ref
 from holdfast.streams.codec import seal
 from holdfast.streams.topology import stream_info
-from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
+from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
 from holdfast.workers.control import evict, flush
 from holdfast.workers.system import RunningWorkers
 from tests.running import dead_letters, own_server, put_version, running, settings_in
@@ -78,7 +78,8 @@ class System(msgspec.Struct):
         await evict(self.hf.connection, 0.0)
         async with connect(self.url, self.hf.namespace, cache_bytes=0) as reader:
             assert (await reader.resolve(ref)).body == {"good": 1}
-        assert (await self.hf.health())["problems"] == []
+        # That much was set aside is told, and is what these tests do.
+        assert [found for found in (await self.hf.health())["problems"] if found["object"] != DEAD_STREAM] == []
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -451,11 +452,13 @@ def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 async def test_arbitrary_requests_and_messages_stop_nobody(system: System) -> None:
     process = psutil.Process()
     await system.check_well()
     before = process.memory_info().rss
-    room = asyncio.Semaphore(64)
+    # Few enough that the last in the row is answered in time on a busy machine: counting everything takes a while.
+    room = asyncio.Semaphore(16)
     published: set[tuple[str, int]] = set()
 
     async def ask(endpoint: str, request: bytes) -> None:

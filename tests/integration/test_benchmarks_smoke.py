@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 async def test_a_smoke_run_writes_a_complete_record_of_every_figure(tmp_path: Path) -> None:
     path = tmp_path / "records.json"
     process = await asyncio.create_subprocess_exec(

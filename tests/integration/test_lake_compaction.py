@@ -239,6 +239,25 @@ def test_vacuum_keeps_what_is_young_or_in_use(lake: Lake) -> None:
     assert all_rows(lake, "contexts") == contexts(1, 100)
 
 
+def test_of_the_files_that_left_the_latest_are_remembered_and_all_are_removed(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.lake.log.MOST_REMOVALS", 3)
+    left: list[str] = []
+    for start in range(1, 81, 20):
+        archive(lake, "contexts", [*contexts(start, start + 9)])
+        archive(lake, "contexts", [*contexts(start + 10, start + 19)])
+        before = {file.path for file in lake.files("contexts")}
+        compact(lake, at_ms=LATER_MS)
+        left += sorted(before - {file.path for file in lake.files("contexts")})
+    assert len(left) > 6
+    assert {*lake.snapshot("contexts").removals} <= {*left[-4:]}
+    assert len(lake.snapshot("contexts").removals) == 3
+    vacuum(lake, older_than_s=-60, orphans_older_than_s=-60)
+    assert [path for path in left if (lake.path / "contexts" / path).exists()] == []
+    assert all_rows(lake, "contexts") == contexts(1, 80)
+
+
 def test_vacuum_leaves_a_table_with_a_torn_commit_alone(lake: Lake) -> None:
     archive(lake, "contexts", [*contexts(1, 10)])
     archive(lake, "contexts", [*contexts(11, 20)])

@@ -17,8 +17,11 @@ import duckdb
 import pytest
 
 import holdfast.lake.duck as duck_module
+import holdfast.lake.footers as footers_module
 from holdfast.lake import Lake, LakeIndex, compact, connect, vacuum, write_views_file
+from holdfast.lake.compaction import MergePolicy
 from holdfast.lake.duck import Connection, ViewsFile
+from holdfast.lake.views import view_statements
 from holdfast.schemas.errors import ConfigurationError, DataDirectoryError, GapError, UnavailableError
 from tests.test_lake_samples import (
     EPOCH,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from holdfast.schemas.rows import Row, Table
 
 COUNT = "SELECT count(*) FROM {}"
+LATER_MS = 2_000_000_000_000
 
 
 @pytest.fixture
@@ -499,6 +503,52 @@ def test_a_file_of_views_opened_for_writing_does_not_spoil_the_next(lake: Lake) 
         assert count(plain, "events") == 8
 
 
+def test_the_file_of_views_is_begun_anew_when_its_files_were_merged_and_removed_meanwhile(lake: Lake) -> None:
+    archive(lake, "events", [*events(1, 5)])
+    archive(lake, "events", [*events(6, 8)])
+    other = Lake.open(lake.path)
+    compact(other, policy=MergePolicy(min_files=2), at_ms=LATER_MS)
+    vacuum(other, older_than_s=-60.0)
+    with duckdb.connect(str(write_views_file(lake)), read_only=True) as plain:
+        assert count(plain, "events") == 8
+
+
+def test_the_file_of_views_is_not_begun_anew_for_ever(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever merges faster than the views are made cannot hold their maker up; the file that was stays."""
+    archive(lake, "events", [event(1)])
+    path = write_views_file(lake)
+    other = Lake.open(lake.path)
+    tries: list[int] = []
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        tries.append(1)
+        seq = other.statistics("events").rows + 1
+        archive(other, "events", [event(seq)])
+        compact(other, policy=MergePolicy(min_files=2), at_ms=LATER_MS)
+        vacuum(other, older_than_s=-60.0)
+        return view_statements(*arguments, **options)
+
+    monkeypatch.setattr(duck_module, "view_statements", overtaken)
+    with pytest.raises(UnavailableError, match="is not there") as raised:
+        write_views_file(lake)
+    assert len(tries) == duck_module.VIEWS_FILE_TRIES
+    assert "next commit" in str(raised.value.hint)
+    monkeypatch.undo()
+    assert path.exists()
+    with duckdb.connect(str(write_views_file(lake)), read_only=True) as plain:
+        assert count(plain, "events") == len(tries) + 1
+
+
+def test_a_file_of_the_lake_that_is_gone_is_named_by_the_maker_of_views(lake: Lake) -> None:
+    archive(lake, "events", [event(1)])
+    [entry] = lake.files("events")
+    (lake.path / "events" / entry.path).unlink()
+    with pytest.raises(UnavailableError, match=entry.path) as raised:
+        write_views_file(lake)
+    assert "holdfast verify" in str(raised.value.hint)
+    assert "TMPDIR" not in str(raised.value.hint)
+
+
 def test_the_file_of_views_is_written_once_a_second_and_only_on_change(lake: Lake) -> None:
     now = [100.0]
     views = ViewsFile(lake, clock=lambda: now[0])
@@ -524,3 +574,52 @@ def test_a_read_only_lake_can_be_queried(lake: Lake) -> None:
     finally:
         for folder in folders:
             folder.chmod(stat.S_IRWXU)
+
+
+def footers_bytes(connection: Connection) -> int:
+    found = connection.execute("SELECT memory_usage_bytes FROM duckdb_memory() WHERE tag = 'OBJECT_CACHE'").fetchone()
+    return int(found[0])
+
+
+def test_footers_of_files_that_were_merged_are_forgotten(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DuckDB keeps the footer of each file that it has read, long after that file left the lake."""
+    monkeypatch.setattr(footers_module, "STALE_FOOTERS", 4)
+    one = most = 0
+    with connect(lake.path, config={"memory_limit": "512MB"}) as connection:
+        limit = connection.execute("SELECT current_setting('memory_limit')").fetchone()
+        for number in range(1, 25):
+            archive(lake, "events", [event(number)])
+            if number % 4 == 0:
+                compact(lake, policy=MergePolicy(min_files=2), at_ms=LATER_MS)
+            assert connection.execute("SELECT count(*), max(name) FROM events").fetchone()[0] == number
+            most = max(most, footers_bytes(connection))
+            one = one or most
+        assert most < 14 * one  # 30 files there were
+        assert connection.execute("SELECT current_setting('memory_limit')").fetchone() == limit
+
+
+def test_footers_are_kept_while_memory_cannot_be_made_short(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of one's own stay where they are, other threads undisturbed, and a limit of one's own is left alone."""
+    monkeypatch.setattr(footers_module, "STALE_FOOTERS", 0)
+
+    def merge(connection: Connection, first: int) -> bool:
+        """Whether a merge made less of the footers."""
+        for number in range(first, first + 3):
+            archive(lake, "events", [event(number)])
+            count(connection, "events WHERE name <> ''")
+        before = footers_bytes(connection)
+        compact(lake, policy=MergePolicy(min_files=2), at_ms=LATER_MS)
+        count(connection, "events WHERE name <> ''")
+        return footers_bytes(connection) < before
+
+    with connect(lake.path) as connection:
+        assert merge(connection, 1)
+        connection.execute("CREATE TABLE mine AS SELECT range AS n FROM range(300000)")
+        assert not merge(connection, 4)
+        connection.execute("DROP TABLE mine")
+        assert merge(connection, 7)
+        connection.execute("SET memory_limit = '400MB'")
+        assert not merge(connection, 10)
+        connection.execute("RESET memory_limit")
+        connection.cursor().close()
+        assert not merge(connection, 13)

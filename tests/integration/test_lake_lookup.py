@@ -333,3 +333,30 @@ def test_lookups_from_many_threads_while_files_change(lake: Lake, index: LakeInd
         vacuum(other, older_than_s=-60)
         for reader in readers:
             reader.result()
+
+
+def open_parquet_files() -> list[str]:
+    names: list[str] = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            names.append(str(descriptor.readlink()))
+        except FileNotFoundError:
+            continue  # that of this very listing
+    return [name for name in names if ".parquet" in name]
+
+
+def test_files_that_were_merged_are_closed_and_each_open_one_takes_one_descriptor(lake: Lake, index: LakeIndex) -> None:
+    """An open file keeps its space on the disk when it is removed, and its descriptor for as long as it is open."""
+    before = len(open_parquet_files())
+    rows = contexts(1, 40)
+    with Lookup(lake, index) as lookup:
+        for round_ in range(4):
+            for first in range(round_ * 10, round_ * 10 + 10):
+                archive(lake, "contexts", [rows[first]])
+            assert len(lookup.get_contexts([row.digest for row in rows[: round_ * 10 + 10]])) == round_ * 10 + 10
+            assert len(open_parquet_files()) - before == 10 + (round_ > 0)
+            compact(lake, policy=MergePolicy(min_files=2), at_ms=LATER_MS)
+            vacuum(lake, 0, orphans_older_than_s=0, log_older_than_s=0, at_ms=LATER_MS)
+            assert lookup.get_contexts([rows[0].digest]) == {rows[0].digest: rows[0]}
+            assert len(open_parquet_files()) - before == 1
+    assert len(open_parquet_files()) == before

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from holdfast.schemas.errors import UnavailableError
 from holdfast.schemas.refs import compute_digest, format_ref
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.consumer import DurableConsumer, ack_floor
-from holdfast.streams.topology import stream_info
+from holdfast.streams.topology import StreamInfo, stream_info
 from holdfast.streams.wire import EVENTS_STREAM, STREAM_OF_TABLE
 from holdfast.workers.control import evict, flush
 from holdfast.workers.ingester import CONSUMER
@@ -179,10 +180,35 @@ async def test_requests_under_way_are_answered_while_the_resolver_drains(server:
 
 
 async def test_a_worker_without_a_server_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holdfast.workers.system.CONNECT_S", 0.2)
+    monkeypatch.setattr("holdfast.workers.system.START_S", 0.2)
     with pytest.raises(UnavailableError, match="no NATS server answers"):
         async with running("nats://127.0.0.1:1", settings_in(tmp_path)):
             pytest.fail("workers started without a server")
+
+
+async def test_workers_that_start_while_a_cluster_has_no_majority_wait_for_it(
+    server: OwnServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them: what they ask first is refused for a while."""
+    refusals = Counter[str]()
+
+    def refused_at_first(module: str) -> Callable[[Connection, str], Awaitable[StreamInfo]]:
+        async def ask_or_refuse(connection: Connection, name: str) -> StreamInfo:
+            refusals[module] += 1
+            if refusals[module] <= 2:
+                raise UnavailableError("the leader hears 0 of 2 other servers")
+            return await stream_info(connection, name)
+
+        return ask_or_refuse
+
+    for module in ("streams.tail", "workers.resolver"):
+        monkeypatch.setattr(f"holdfast.{module}.stream_info", refused_at_first(module))
+    async with running(server.url, settings_in(tmp_path)), connect(server.url, cache_bytes=0) as hf:
+        ref = await hf.put({"n": 1})
+        answer = await hf.connection.lean.request("ctx.default.resolve", msgspec.json.encode({"ref": ref}))
+        assert msgspec.json.decode(answer.data)["body"] == {"n": 1}
+    assert refusals["streams.tail"] > 2
+    assert refusals["workers.resolver"] > 2
 
 
 async def test_the_event_loop_is_never_blocked(server: OwnServer, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from holdfast.ops.torture.check import MOST_OF_A_KIND, Sample, Violation, check
 from holdfast.ops.torture.history import UNTYPED, Attempt, History, HistoryWriter, Kind, read_history
 from holdfast.ops.torture.load import body_of, data_of, event_id_of
 from holdfast.ops.torture.plain import UnreadableError, body_of_message, canonical, digest_text, ref_of
-from holdfast.ops.torture.samples import slope, summarize
 from holdfast.ops.torture.seen import MISSING, Mark, Observation, Placed, SeenEvent, SeenVersion, View
 from holdfast.schemas.bodies import encode_json
 from holdfast.schemas.refs import Digest
@@ -213,6 +212,11 @@ def test_a_watermark_that_goes_back_is_found(recorded: Recorded) -> None:
     # Another life of the stream begins anew.
     assert judged(recorded, sound(), samples[:2], marks=[mark(1, epoch="f")]) == []
     assert judged(recorded, sound(), samples[:2], marks=[mark(10)])[0].invariant == "I3"
+    # It was made anew between the two looks: the stream is still the old one, the watermark of the new.
+    torn = (*samples[:2], Sample(3.0, [Mark("S", "e", "f", 1, 1, 100, 50)]))
+    assert judged(recorded, sound(), torn, marks=[mark(7, epoch="f")]) == []
+    found = judged(recorded, sound(), torn, marks=[mark(30)])
+    assert [each.what for each in found] == ["the watermark went back to epoch e (3.0 s)"]
 
 
 def test_a_purge_above_the_watermark_is_found(recorded: Recorded) -> None:
@@ -326,14 +330,3 @@ def test_the_formats_written_down_a_second_time_agree_with_the_first(large_one_i
     with pytest.raises(UnreadableError):
         body_of_message("ns", "a" * 32, whole.headers, whole.payload, find)
     assert digest_text(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-
-
-def test_growth_is_the_slope_after_the_warm_up() -> None:
-    mib = 1024 * 1024
-    # Grows fast for a third of its life, then by a MiB every hundred seconds.
-    life = [(float(at_s), int(mib * (at_s if at_s < 100 else 100 + (at_s - 100) / 100)), 10) for at_s in range(300)]
-    found = summarize([[(0.0, mib, 99), (1.0, mib, 99)], life])
-    assert found.starts == 2
-    assert found.rss_mib_per_hour == pytest.approx(36.0, abs=0.01)
-    assert (found.files_per_hour, found.files_last, found.files_most) == (0.0, 10, 99)
-    assert slope([(1.0, 5.0)]) == 0.0

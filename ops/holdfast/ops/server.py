@@ -38,7 +38,8 @@ from holdfast.ops.server_config import (
 from holdfast.ops.server_failures import log_size, slow_start, start_failure, unexpected_end
 from holdfast.ops.server_probe import check_health, check_protocol, verify_durability
 from holdfast.ops.settings import Settings
-from holdfast.schemas.errors import ConfigurationError, UnavailableError
+from holdfast.ops.stream_files import finish_stream_files
+from holdfast.schemas.errors import ConfigurationError, StorageFailedError, UnavailableError
 from holdfast.streams.local_server import SERVER_FILE, LocalServer, process_start_ticks
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class EmbeddedServer:
             self._settings = msgspec.structs.replace(self._settings, **ports)
             await _in_thread(self._write_files)
             try:
-                await self._run()
+                await self._run(_Ports(nats=[info.nats_url], monitoring=[info.monitor_url]))
             except BaseException:
                 await self._kill(self._process)
                 raise
@@ -192,10 +193,13 @@ class EmbeddedServer:
         await _in_thread(self._prepare)
         await self._run()
 
-    async def _run(self) -> None:
-        """Starts the process, for which all files are written, and returns when it is ready."""
+    async def _run(self, ports: _Ports | None = None) -> None:
+        """Starts the process, for which all files are written, and returns when it is ready.
+
+        ``ports`` are where it listens, if that is known; otherwise it tells.
+        """
         process = self._process = await self._spawn(find_server_binary())
-        ports = await self._wait_ready(process)
+        ports = await self._wait_ready(process, ports)
         await verify_durability(ports.monitoring[0], self._settings.durability)
         info = await _in_thread(self._publish, process.pid, ports)
         self._info = info
@@ -235,6 +239,7 @@ class EmbeddedServer:
             (settings.data / SERVER_FILE).unlink(missing_ok=True)
             for stale in (settings.data / PORTS_DIRECTORY).glob("*.ports"):
                 stale.unlink(missing_ok=True)
+            finish_stream_files(settings.data)
             # A restart on a disk that was full a moment ago would leave the streams next to nothing.
             self._limit_bytes = max(self._limit_bytes, store_limit_bytes(settings))
             config = render_config(settings, self._limit_bytes)
@@ -265,23 +270,27 @@ class EmbeddedServer:
             os.close(self._stderr_fd)
             self._stderr_fd = None
 
-    async def _wait_ready(self, process: asyncio.subprocess.Process) -> _Ports:
+    async def _wait_ready(self, process: asyncio.subprocess.Process, known: _Ports | None) -> _Ports:
         pause, longest = _POLL_S
         waits_for = "it shows no sign of life"
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
                 while not await _ends_within(process, pause):
                     try:
-                        return await self._probe(process)
+                        return await self._probe(process, known)
                     except UnavailableError as error:
                         waits_for = error.message
+                    except StorageFailedError as error:
+                        # It stays so until another start, however long this one is waited for.
+                        raise UnavailableError(error.message, hint=error.hint) from error
                     pause = min(2 * pause, longest)
         except TimeoutError as error:
             raise await asyncio.to_thread(slow_start, self._settings, waits_for, self._log_start) from error
         raise await asyncio.to_thread(start_failure, self._settings, process.returncode, self._log_start)
 
-    async def _probe(self, process: asyncio.subprocess.Process) -> _Ports:
-        ports = await asyncio.to_thread(self._read_ports, process.pid)
+    async def _probe(self, process: asyncio.subprocess.Process, known: _Ports | None) -> _Ports:
+        # A disk that fills up while the server starts leaves none of its report, or half of it, for ever.
+        ports = known or await asyncio.to_thread(self._read_ports, process.pid)
         if ports is None:
             raise UnavailableError("it does not listen yet")
         await check_protocol(ports.nats[0])

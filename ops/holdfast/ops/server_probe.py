@@ -13,6 +13,8 @@ from holdfast.schemas.errors import ConfigurationError, DurabilityError, Unavail
 from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.connection_target import Durability, mask_url
 from holdfast.streams.monitoring import NO_ANSWER, address_of, get, get_health, no_answer
+from holdfast.streams.storing import storage_failed
+from holdfast.streams.write_probe import write_errors_in
 
 PROBE_TIMEOUT_S: Final = 2.0
 """For one question to a server: it answers in a millisecond, or it is not ready."""
@@ -77,10 +79,16 @@ async def check_protocol(nats_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> S
 
 
 async def check_health(monitor_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-    """Returns when the server says that it and its JetStream are well; raises UnavailableError otherwise."""
+    """Returns when the server says that it and its JetStream are well; raises UnavailableError otherwise.
+
+    Raises StorageFailedError when it has failed to write to its disk: it will not be well before its next start.
+    """
     health = await get_health(monitor_url, timeout_s)
     if health is None:
         return
+    errors = write_errors_in(health)
+    if errors:
+        raise storage_failed(errors[0])
     reason = "; ".join(item.error for item in health.errors) or health.error
     raise UnavailableError(f"nats server at {mask_url(monitor_url)} is not healthy: {reason}", hint="read its log")
 

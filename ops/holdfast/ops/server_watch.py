@@ -159,13 +159,15 @@ async def watch_server(server: EmbeddedServer) -> None:
     info = server.info
     target = ConnectionTarget(url=info.nats_url, origin=f"embedded server of {info.data}")
     async with open_connection(target, name="holdfast-watch", connect_s=CONNECT_S) as connection:
-        watch = _Watch(server, connection)
+        watch = Watch(server, connection)
         while True:
             await asyncio.sleep(LOOK_S)
             await watch.look()
 
 
-class _Watch:
+class Watch:
+    """What :func:`watch_server` does, look by look."""
+
     def __init__(self, server: EmbeddedServer, connection: Connection) -> None:
         self._server = server
         self._connection = connection
@@ -177,6 +179,7 @@ class _Watch:
         self._silent: Answers = "all"
 
     async def look(self) -> None:
+        """Looks once, and restarts the server if it is time; raises as :func:`watch_server` does."""
         errors, answers = await self._ask()
         seen = Seen(at_s=time.monotonic(), errors=errors, answers=answers)
         if errors or answers == "core":
@@ -184,6 +187,9 @@ class _Watch:
             self._server.distrust()
             seen = await asyncio.to_thread(_with_disk, seen, self._server.info.data)
         decision = self._judge.decide(seen)
+        if not seen.has_room:
+            # Why it did not start is in sight, and says nothing of the next time.
+            self._failed_starts = 0
         self._tell(seen)
         if decision == "restart":
             await self._restart()

@@ -10,6 +10,7 @@ import msgspec
 
 from holdfast.schemas.errors import UnavailableError
 from holdfast.schemas.undecodable import UNDECODABLE
+from holdfast.streams.leader import last_at_leader
 from holdfast.streams.publish import SUBJECT_FULL, WRONG_LAST_SEQUENCE, Outgoing, Refused, publish
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.storing import store_with_retry
@@ -100,16 +101,23 @@ async def bury(
 
 
 async def _create(connection: Connection, letter: Outgoing) -> bool:
-    try:
-        await store_with_retry(connection, DEAD_STREAM, lambda: publish(connection, letter))
-    except Refused as refusal:
-        if refusal.err_code in (WRONG_LAST_SEQUENCE, SUBJECT_FULL):
-            return False
-        raise UnavailableError(
-            f"a dead letter could not be stored: {refusal}",
-            hint="see the server's log and its limits of storage; the message stays where it is meanwhile",
-        ) from refusal
-    return True
+    async def attempt() -> bool:
+        try:
+            await publish(connection, letter)
+        except Refused as refusal:
+            # Taken, the server says; but a full stream answers alike, and so does a leader that was deposed and has an
+            # attempt in flight that nobody will store.  The letter itself is the proof.
+            if refusal.err_code in (WRONG_LAST_SEQUENCE, SUBJECT_FULL) and await last_at_leader(
+                connection, DEAD_STREAM, [letter.subject]
+            ):
+                return False
+            raise UnavailableError(
+                f"a dead letter could not be stored: {refusal}",
+                hint="see the server's log and its limits of storage; the message stays where it is meanwhile",
+            ) from refusal
+        return True
+
+    return await store_with_retry(connection, DEAD_STREAM, attempt)
 
 
 async def read_dead_letters(connection: Connection, *, after_seq: int = 0) -> AsyncGenerator[tuple[int, DeadLetter]]:

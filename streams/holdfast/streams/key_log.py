@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -40,6 +40,12 @@ from holdfast.streams.wire import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+T = TypeVar("T")
+
+UNSEEN_S: Final = 20.0
+"""How long a write that is refused for something that nobody sees is sent again: a leader that lost its majority
+gives up after ten seconds."""
 
 _DIRECT: Final = f"$JS.API.DIRECT.GET.{KEYS_STREAM}"
 _MULTI_GET: Final = 1_000
@@ -80,6 +86,10 @@ class NewVersion(msgspec.Struct, frozen=True):
 
 class LostRaceError(Exception):
     """Another writer was faster: nothing was written.  Read the head again and decide anew."""
+
+
+class _RefusedUnseenError(UnavailableError):
+    """A version was refused as if another stood there, and none is to be seen: the same may be sent again."""
 
 
 class KeyLog:
@@ -210,14 +220,17 @@ class KeyLog:
         Raises LostRaceError when another one stands there; UnknownOutcomeError, or another RetryError, when no
         acknowledgement came: sending the same version (same ``event_id``) again is safe.
         """
-        try:
-            settled = await self._committer.store(_message(version, after_seq))
-        except ApiError as error:
-            if error.err_code != WRONG_LAST_SEQUENCE:
-                raise
-            # Perhaps our own, written by an attempt that got no answer.
-            return await self._found(version, after_seq)
-        return msgspec.structs.replace(version.row, seq=settled.seq)
+
+        async def attempt() -> KeyVersionRow:
+            try:
+                settled = await self._committer.store(_message(version, after_seq))
+            except ApiError as error:
+                if error.err_code != WRONG_LAST_SEQUENCE:
+                    raise
+                return (await self._found([(version, after_seq)]))[0]
+            return msgspec.structs.replace(version.row, seq=settled.seq)
+
+        return await self._until_seen(attempt)
 
     async def write_all(self, versions: Sequence[tuple[NewVersion, int | None]]) -> list[KeyVersionRow]:
         """Writes all versions or none, as one atomic batch, and returns them as they were stored.
@@ -228,32 +241,80 @@ class KeyLog:
         if len(versions) == 1 and versions[0][1] is not None:
             return [await self.write(versions[0][0], after_seq=versions[0][1])]
         messages = [_message(version, after_seq) for version, after_seq in versions]
-        try:
-            seqs = await store_with_retry(
-                self._connection, KEYS_STREAM, partial(publish_batch, self._connection, messages)
-            )
-        except Refused as refusal:
-            if refusal.err_code != WRONG_LAST_SEQUENCE:
-                raise UnavailableError(f"the versions cannot be stored: {refusal.description}") from refusal
-            # Perhaps our own, written by an attempt that got no answer: the first is there, and so is the rest.
-            floors: dict[str, int] = {}
+
+        async def attempt() -> list[KeyVersionRow]:
+            try:
+                seqs = await store_with_retry(
+                    self._connection, KEYS_STREAM, partial(publish_batch, self._connection, messages)
+                )
+            except Refused as refusal:
+                if refusal.err_code != WRONG_LAST_SEQUENCE:
+                    raise UnavailableError(f"the versions cannot be stored: {refusal.description}") from refusal
+                return await self._found(versions)
             return [
-                await self._found(version, floors.setdefault(version.row.key, after_seq or 0))
-                for version, after_seq in versions
+                msgspec.structs.replace(version.row, seq=seq) for (version, _), seq in zip(versions, seqs, strict=True)
             ]
-        return [msgspec.structs.replace(version.row, seq=seq) for (version, _), seq in zip(versions, seqs, strict=True)]
+
+        return await self._until_seen(attempt)
 
     async def close(self) -> None:
         """Waits until every write that was handed in has an outcome."""
         await self._committer.close()
 
-    async def _found(self, version: NewVersion, after_seq: int) -> KeyVersionRow:
-        """The version as it stands behind a sequence, told by its event id; LostRaceError when it is not there."""
-        row = version.row
-        async for revision in self.revisions(row.namespace, row.key, from_seq=after_seq + 1):
-            if revision.row is not None and revision.row.event_id == row.event_id:
-                return revision.row
-        raise LostRaceError
+    async def _until_seen(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Makes an attempt, and makes it again while it was refused for something that nobody sees.
+
+        In a cluster a leader that was deposed, and does not know it yet, hears what is published as the new one does.
+        It refuses by what it has in flight itself, at once, and its word comes before that of the new leader, who
+        stores the message.  So a refusal proves nothing: only a message that stands behind the expected one does.
+        With the same expectation, what is sent again is stored once at most.
+        """
+        try:
+            return await attempt()
+        except _RefusedUnseenError:
+            if self._replicas == 1:
+                raise LostRaceError from None  # the stream was made anew since the head was read
+        try:
+            return await call_with_retry(attempt, deadline_s=UNSEEN_S)
+        except _RefusedUnseenError:
+            raise LostRaceError from None
+
+    async def _found(self, versions: Sequence[tuple[NewVersion, int | None]]) -> list[KeyVersionRow]:
+        """The versions of a write that was refused, as they stand in the bucket: an attempt without an answer, or with
+        a wrong one, may have written them.  Each is told by its event id.
+
+        Raises LostRaceError when something else stands where the first of a key should, and _RefusedUnseenError when
+        nothing stands behind any of what was expected.
+        """
+        floors: dict[str, int] = {}
+        found: list[KeyVersionRow] = []
+        is_lost = False
+        for version, after_seq in versions:
+            row = version.row
+            floor = floors.setdefault(row.key, after_seq or 0)
+            own, is_last = await self._found_behind(row, floor)
+            if own is not None:
+                found.append(own)
+            elif not is_last:
+                is_lost = True
+        if len(found) == len(versions):
+            return found
+        if is_lost:
+            raise LostRaceError
+        raise _RefusedUnseenError("a write was refused, and nothing is to be seen that was in its way")
+
+    async def _found_behind(self, row: KeyVersionRow, floor_seq: int) -> tuple[KeyVersionRow | None, bool]:
+        """A version that stands behind a sequence, by its event id, and whether nothing of its key stands there."""
+        seq = floor_seq + 1
+        while True:
+            messages = await self._run_of(key_subject(row.namespace, row.key), _LOOK, seq)
+            for message in messages:
+                head = _decoded(message)
+                if head is not None and head.row is not None and head.row.event_id == row.event_id:
+                    return head.row, False
+            if len(messages) < _LOOK:
+                return None, seq == floor_seq + 1 and not messages
+            seq = messages[-1].seq + 1
 
     async def _head_of(self, subject: str, message: StoredMessage) -> Head:
         head = _decoded(message)

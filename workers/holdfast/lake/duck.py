@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from holdfast.lake.checksums import find_damage
 from holdfast.lake.columns import to_batch
+from holdfast.lake.footers import Footers
 from holdfast.lake.lake import Lake
 from holdfast.lake.quarantine import HINT, Quarantine
 from holdfast.lake.snapshot import Identity, Picture, PictureTaker, Tail, identities_of
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 VIEWS_FILE: Final = "holdfast.duckdb"
 VIEWS_FILE_INTERVAL_S: Final = 1.0
+VIEWS_FILE_TRIES: Final = 5
+"""How often the file is begun anew because files that it was to name were merged and removed meanwhile."""
 
 _MARK: Final = "holdfast: damaged file|"
 
@@ -121,11 +124,13 @@ class Connection:
         *,
         owns_taker: bool,
         watch: DamageWatch | None = None,
+        footers: Footers | None = None,
     ) -> None:
         self._duck = duck
         self._taker = taker
         self._owns_taker = owns_taker
         self._watch = watch or DamageWatch()
+        self._footers = footers
         self._damaged: dict[Table, dict[str, str]] = {}
         self._picture: Picture | None = None
         self._pinned = False
@@ -170,6 +175,8 @@ class Connection:
         for statement in view_statements(changed, temporary=True, tails=tails, damaged=damaged):
             self._duck.execute(statement)
         self._picture, self._damaged = picture, damaged
+        if self._footers is not None:
+            self._footers.show(picture.snapshots.values())
 
     def _settle(self) -> None:
         """Gives up an unfinished result, as another ``execute`` would: while there is one, DuckDB refuses the rest."""
@@ -187,6 +194,7 @@ class Connection:
 
     def cursor(self) -> Connection:
         """Returns a connection of its own to the same lake and tail, for another thread."""
+        self._footers = None  # memory may not be made short for what another thread runs
         return Connection(self._duck.cursor(), self._taker, owns_taker=False, watch=self._watch)
 
     def close(self) -> None:
@@ -200,6 +208,8 @@ class Connection:
         if not callable(value):
             return value
         is_statement = name in _STATEMENTS
+        if name == "duplicate":
+            self._footers = None  # as for a cursor
 
         def run(*arguments: Any, **options: Any) -> Any:
             if is_statement:
@@ -249,7 +259,10 @@ def connect(
         duck.execute("SET parquet_metadata_cache = true")
         watch = DamageWatch(compare=compare)
         find_known = _KnownByIndex(lake, index) if index is not None else _KnownByScan(duck.cursor(), watch)
-        return Connection(duck, PictureTaker(lake, tail, find_known, tables=live), owns_taker=True, watch=watch)
+        limit = (config or {}).get("memory_limit", (config or {}).get("max_memory"))
+        footers = Footers(duck, memory_limit=None if limit is None else str(limit))
+        taker = PictureTaker(lake, tail, find_known, tables=live)
+        return Connection(duck, taker, owns_taker=True, watch=watch, footers=footers)
     except BaseException:
         duck.close()
         if tail is not None:
@@ -361,24 +374,52 @@ def write_views_file(lake: Lake) -> Path:
     written into it is gone with the next commit.  Of files known to be damaged a statement is told; plain DuckDB
     itself compares no checksum.
     """
-    target = lake.path / VIEWS_FILE
-    temporary = lake.path / f".{VIEWS_FILE}.{uuid.uuid4().hex}"
-    # Made elsewhere: DuckDB takes a question mark in the path of a database for the beginning of options.
-    watch = DamageWatch(compare=False)
-    damaged: dict[Table, dict[str, str]] = {table: watch.damaged(lake.snapshot(table)) for table in TABLES}
-    with tempfile.TemporaryDirectory(prefix="holdfast-views-") as workshop:
-        made = Path(workshop) / VIEWS_FILE
-        snapshots = (lake.snapshot(table) for table in TABLES)
+    for tries_left in reversed(range(VIEWS_FILE_TRIES)):
+        snapshots = [lake.snapshot(table) for table in TABLES]
         try:
-            with duckdb.connect(str(made)) as duck:
-                for statement in view_statements(snapshots, temporary=False, damaged=damaged):
-                    duck.execute(statement)
+            return _write_views_file(lake.path, snapshots)
         except duckdb.Error as error:
             # Not an IOException alone: a sync that fails is fatal to DuckDB, which is to say to this database of its.
-            raise UnavailableError(
-                f"the views file {target} cannot be made: {error}",
-                hint=f"free space in {workshop}, or name another directory for temporary files in TMPDIR",
-            ) from error
+            lake.refresh()
+            # DuckDB looks into every file.  Whoever merged some, and removed them, has committed that before.
+            if tries_left and any(
+                _has_lost_files(each) and each is not lake.snapshot(each.table) for each in snapshots
+            ):
+                continue
+            raise _views_failed(lake.path / VIEWS_FILE, snapshots, error) from error
+    raise AssertionError("the last try returns or raises")
+
+
+def _has_lost_files(snapshot: Snapshot) -> bool:
+    return _lost_file(snapshot) is not None
+
+
+def _lost_file(snapshot: Snapshot) -> Path | None:
+    return next((file for path in snapshot.files if not (file := snapshot.directory / path).exists()), None)
+
+
+def _views_failed(target: Path, snapshots: Sequence[Snapshot], error: duckdb.Error) -> UnavailableError:
+    lost = next(filter(None, map(_lost_file, snapshots)), None)
+    if lost is not None:
+        what = f"{lost} is not there"
+        hint = "run 'holdfast verify'; if it was merged with others meanwhile, the file is made with the next commit"
+    else:
+        what = str(error)
+        hint = f"free space in {tempfile.gettempdir()}, or name another directory for temporary files in TMPDIR"
+    return UnavailableError(f"the views file {target} cannot be made: {what}", hint=hint)
+
+
+def _write_views_file(lake: Path, snapshots: Sequence[Snapshot]) -> Path:
+    target = lake / VIEWS_FILE
+    temporary = lake / f".{VIEWS_FILE}.{uuid.uuid4().hex}"
+    watch = DamageWatch(compare=False)
+    damaged: dict[Table, dict[str, str]] = {snapshot.table: watch.damaged(snapshot) for snapshot in snapshots}
+    # Made elsewhere: DuckDB takes a question mark in the path of a database for the beginning of options.
+    with tempfile.TemporaryDirectory(prefix="holdfast-views-") as workshop:
+        made = Path(workshop) / VIEWS_FILE
+        with duckdb.connect(str(made)) as duck:
+            for statement in view_statements(snapshots, temporary=False, damaged=damaged):
+                duck.execute(statement)
         try:
             shutil.copyfile(made, temporary)
             # A log left by somebody who wrote into the old file would keep the new one from opening.

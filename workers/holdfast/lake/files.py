@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import uuid
 from pathlib import Path
+from typing import Final
+
+UNNAMED: Final = re.compile(r"\..+\.[0-9a-f]{32}\Z")
+"""How a file is called until it is whole, and gets its name."""
 
 
 def fsync_file(path: Path) -> None:
@@ -27,9 +33,10 @@ def _fsync(path: Path, flags: int) -> None:
 def write_durably(path: Path, content: bytes) -> None:
     """Replaces a file so that it holds the old or the new content, whole, through any crash.
 
-    Raises OSError when the disk refuses; the old content then stays, and nothing is left beside it.
+    Raises OSError when the disk refuses; the old content then stays, and nothing is left beside it.  What a killed
+    process leaves is hidden, and named so that a vacuum knows it (:mod:`holdfast.lake.litter`).
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{path.name.removeprefix('.')}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from holdfast.lake.files import UNNAMED
 from holdfast.lake.log import LOG_DIRECTORY
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.rows import TABLES
@@ -25,8 +26,6 @@ SHARED_AGE_S: Final = 86_400.0
 
 _STAGED: Final = re.compile(r".+#\d+\Z")
 """A file of the log that deltalake's store had not linked or renamed yet."""
-_HIDDEN: Final = re.compile(r"\..+\.[0-9a-f]{32}\Z")
-"""A file of ours that had not been renamed yet: of the views, of copies of the log, of records beside a table."""
 
 
 def remove_litter(lake: Path, before_ms: float) -> tuple[int, int]:
@@ -63,7 +62,7 @@ def _litter(lake: Path) -> Iterator[Path]:
         folders += [lake / table, *(lake / table).glob("_*")]
     for folder in folders:
         if folder.is_dir():
-            yield from (path for path in folder.iterdir() if _HIDDEN.match(path.name) and path.is_file())
+            yield from (path for path in folder.iterdir() if UNNAMED.match(path.name) and path.is_file())
         if folder.name == LOG_DIRECTORY:
             yield from (path for path in folder.iterdir() if _STAGED.match(path.name))
     for path in Path(tempfile.gettempdir()).glob(f"{VIEWS_WORKSHOP}*"):

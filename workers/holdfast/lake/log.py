@@ -20,6 +20,7 @@ import logging
 import re
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 LOG_DIRECTORY: Final = "_delta_log"
 OUR_INFO: Final = "holdfast"
+MOST_REMOVALS: Final = 50_000
+"""How many of the files that left a table a process remembers, the latest: two days of a commit every five seconds.
+Delta's checkpoints forget them after a week, and a vacuum takes away by their age those that nobody remembers."""
+
 _COMMIT_NAME: Final = re.compile(r"(\d{20})\.json\Z")
 _CHECKPOINT_NAME: Final = re.compile(r"(\d{20})\.checkpoint\.parquet\Z")
 
@@ -398,6 +403,8 @@ def apply(snapshot: Snapshot, commits: list[Commit]) -> Snapshot:
         for transaction in commit.transactions:
             transactions[transaction.app_id] = transaction
         table_id = commit.table_id or table_id
+    for path in list(islice(removals, max(0, len(removals) - MOST_REMOVALS))):
+        del removals[path]
     last = commits[-1]
     return Snapshot(
         snapshot.table, snapshot.directory, last.version, table_id, files, removals, transactions, last.fingerprint

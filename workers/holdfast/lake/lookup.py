@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -239,6 +238,8 @@ class Lookup:
         known = self._maps.get(table)
         if known is None or known.version != snapshot.version:
             known = self._maps[table] = _FileMap.of(snapshot)
+            # What was merged away is read no more, and a file that is open keeps its space when it is removed.
+            self._files.keep(snapshot.directory, snapshot.files)
         return known
 
 
@@ -287,28 +288,26 @@ class _OpenFile:
     """One Parquet file with its footer, and the sequence range of each row group."""
 
     def __init__(self, directory: Path, entry: FileEntry) -> None:
-        self._directory = directory
-        self._entry = entry
+        self.directory = directory
+        self.entry = entry
         self._path = path = directory / entry.path
         self._lock = threading.Lock()
         checksums = entry.checksums
         try:
-            # One descriptor to compare, another for Arrow to read: of the same file, also when it is healed in place.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._close_descriptor = weakref.finalize(self, os.close, self._descriptor)
-            size = os.fstat(self._descriptor).st_size
+            with readable(path):
+                # One descriptor to compare and for Arrow to read: the same file, also when another takes its name.
+                self._source: Any = pa.OSFile(str(path))
+            size = os.fstat(self._source.fileno()).st_size
             if size != entry.size_bytes:
                 what = f"the file has {size} bytes, the log says {entry.size_bytes}"
                 raise FoundDamageError(entry, whole_damage(entry, what))
-            if checksums is not None and not part_is_sound(self._descriptor, checksums, len(checksums.parts) - 1):
+            if checksums is not None and not self._part_is_sound(len(checksums.parts) - 1):
                 raise FoundDamageError(entry, damage_of_parts(directory, entry, [len(checksums.parts) - 1]))
             with readable(path):
                 # With checksums of our own those of the pages say nothing more, and cost as much.
                 self._parquet: Any = pq.ParquetFile(
-                    path, pre_buffer=False, page_checksum_verification=checksums is None
+                    self._source, pre_buffer=False, page_checksum_verification=checksums is None
                 )
-                if path.stat().st_ino != os.fstat(self._descriptor).st_ino:
-                    raise IntegrityError("the file was exchanged while it was opened", hint="read it again")
         except FileNotFoundError as error:
             raise FoundDamageError(entry, whole_damage(entry, "the file is missing")) from error
         except IntegrityError as error:
@@ -322,29 +321,32 @@ class _OpenFile:
         return [group] if group < len(self._ends) and self._starts[group] <= seq else []
 
     def read(self, group: int) -> Any:
-        checksums = self._entry.checksums
+        checksums = self.entry.checksums
         with self._lock:
             try:
-                if checksums is not None and not part_is_sound(self._descriptor, checksums, group):
-                    raise FoundDamageError(self._entry, damage_of_parts(self._directory, self._entry, [group]))
+                if checksums is not None and not self._part_is_sound(group):
+                    raise FoundDamageError(self.entry, damage_of_parts(self.directory, self.entry, [group]))
                 with readable(self._path):
                     return self._parquet.read_row_group(group, use_threads=False)
             except FileNotFoundError as error:
-                raise FoundDamageError(self._entry, whole_damage(self._entry, "the file is missing")) from error
+                raise FoundDamageError(self.entry, whole_damage(self.entry, "the file is missing")) from error
             except IntegrityError as error:
                 damage = Damage(
-                    path=self._entry.path,
+                    path=self.entry.path,
                     what=error.message,
-                    epoch=self._entry.epoch,
+                    epoch=self.entry.epoch,
                     groups=(group,),
                     ranges=(self._ranges[group],),
                 )
-                raise FoundDamageError(self._entry, damage) from error
+                raise FoundDamageError(self.entry, damage) from error
+
+    def _part_is_sound(self, part: int) -> bool:
+        checksums = self.entry.checksums
+        return checksums is None or part_is_sound(self._source.fileno(), checksums, part)
 
     def close(self) -> None:
         with self._lock:
-            self._parquet.close()
-            self._close_descriptor()
+            self._source.close()
 
 
 def _with_seqs(content: Any, seqs: Sequence[int]) -> Any:
@@ -389,6 +391,13 @@ class _OpenFiles:
             else:
                 self._files.move_to_end(path)
             return file
+
+    def keep(self, directory: Path, paths: Container[str]) -> None:
+        """Drops the files of a table that are none of these."""
+        with self._lock:
+            for path, file in list(self._files.items()):
+                if file.directory == directory and file.entry.path not in paths:
+                    del self._files[path]
 
     def drop(self, path: Path) -> None:
         with self._lock:

@@ -10,14 +10,13 @@ Whoever works on the lake and meets damage records it; readers without write acc
 from __future__ import annotations
 
 import logging
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from holdfast.lake.checksums import Damage, RowRange
-from holdfast.lake.files import fsync_directory, make_directory
+from holdfast.lake.files import make_directory, write_durably
 from holdfast.schemas.errors import DamagedError
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.problems import Problem
@@ -111,16 +110,13 @@ class Quarantine:
             rows=rows[:NAMED_ROWS] or (known.rows if known else ()),
         )
         target = self._directory / f"{Path(entry.path).name}.json"
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         logger.error(
             "a file of the lake is damaged",
             extra={"action": "file_damaged", "path": str(self._table / entry.path), "what": damage.describe()},
         )
         try:
             make_directory(self._directory)
-            temporary.write_bytes(msgspec.json.encode(record))
-            temporary.rename(target)
-            fsync_directory(self._directory)
+            write_durably(target, msgspec.json.encode(record))
         except OSError as error:
             logger.warning(
                 "a damaged file could not be recorded",

@@ -448,14 +448,14 @@ class TableArchiver:
 
     def _stored(self, rows: list[Row]) -> dict[Any, Row]:
         """The lake's own rows under the keys of these."""
-        lookup = Lookup(self._lake, self._index)
-        if self.table == "events":
-            return dict(lookup.get_events([(row.namespace, row.id) for row in rows if isinstance(row, EventRow)]))
-        return dict(
-            lookup.get_key_versions(
-                [(row.namespace, row.key, row.version) for row in rows if isinstance(row, KeyVersionRow)]
+        with Lookup(self._lake, self._index) as lookup:
+            if self.table == "events":
+                return dict(lookup.get_events([(row.namespace, row.id) for row in rows if isinstance(row, EventRow)]))
+            return dict(
+                lookup.get_key_versions(
+                    [(row.namespace, row.key, row.version) for row in rows if isinstance(row, KeyVersionRow)]
+                )
             )
-        )
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)

@@ -29,6 +29,7 @@ from holdfast.schemas.errors import (
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.problems import Problem
 from holdfast.schemas.rows import TABLES, Table
+from holdfast.streams.retry import call_with_retry
 from holdfast.streams.service import Call, Handler, decode_request, serve
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
@@ -53,6 +54,7 @@ from holdfast.workers.control import (
 )
 from holdfast.workers.lake_copy import keep_copy
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, purge_archived
+from holdfast.workers.settings import START_S
 from holdfast.workers.trim import Trimmed, Trimmer
 from holdfast.workers.waiting import wait_for_event
 
@@ -412,7 +414,7 @@ async def run_archiver(
     async with AsyncExitStack() as stack:
         lock = await take_lock(settings.lake, on_standby)
         stack.callback(os.close, lock)
-        await set_torn_commits_aside(connection, lake)
+        await call_with_retry(lambda: set_torn_commits_aside(connection, lake), deadline_s=START_S)
         archiver = Archiver(connection, hot, lake, index, settings)
         stack.push_async_callback(archiver.close)
         await stack.enter_async_context(

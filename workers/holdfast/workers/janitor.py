@@ -200,8 +200,12 @@ class Janitor:
         except Refused:
             head = await self._log.head(*parse_key_subject(subject))
             if after_seq is None and head.row is not None and head.row.seq == version.seq:
-                # What stands behind it is no version: somebody put something of his own on the subject.
-                return await self._expire(subject, version, now, head.last_seq)
+                if head.last_seq > expected:
+                    # What stands behind it is no version: somebody put something of his own on the subject.
+                    return await self._expire(subject, version, now, head.last_seq)
+                # A refusal with nothing in the way: by a leader that was deposed.  It stays due.
+                self._remember(subject, version)
+                return 0
             self.counters.overtaken += 1
             return 0
         except BaseException:

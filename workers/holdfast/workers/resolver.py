@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from holdfast.client.cold import FetchEnd, FetchRequest
+from holdfast.lake.duck import Connection as DuckConnection
 from holdfast.lake.duck import connect
 from holdfast.lake.scan import encode_cursor
 from holdfast.schemas import limits
 from holdfast.schemas.errors import TooLargeError
 from holdfast.schemas.refs import Digest, is_digest
 from holdfast.streams.codec import reseal
+from holdfast.streams.retry import call_with_retry
 from holdfast.streams.service import Call, EndpointCounters, ErrorBody, Handler, decode_request, serve
 from holdfast.streams.tail import open_tail
 from holdfast.streams.topology import stream_info
@@ -49,6 +51,7 @@ from holdfast.workers.resolver_lineage import LineageEndpoints
 from holdfast.workers.resolver_receipts import ReceiptEndpoints
 from holdfast.workers.resolver_snapshots import SnapshotEndpoints
 from holdfast.workers.resolver_warm import WarmEndpoints
+from holdfast.workers.settings import START_S
 from holdfast.workers.sql_runner import SqlRunner
 from holdfast.workers.state import collect_stats, count_live
 
@@ -183,10 +186,14 @@ async def run_resolver(
     At the end no new request is taken; those under way are waited for.
     """
     async with AsyncExitStack() as stack:
-        tail = await asyncio.to_thread(open_tail, connection.target)
-        picture = await asyncio.to_thread(
-            lambda: connect(lake.path, tail=tail, index=index, live=("events", "key_versions"))
-        )
+
+        def open_picture() -> DuckConnection:
+            # A tail of its own for each try: one that fails closes it.
+            tail = open_tail(connection.target)
+            return connect(lake.path, tail=tail, index=index, live=("events", "key_versions"))
+
+        # A cluster may be without a majority in this moment.
+        picture = await call_with_retry(lambda: asyncio.to_thread(open_picture), deadline_s=START_S)
         stack.push_async_callback(asyncio.to_thread, picture.close)
         sql = SqlRunner(picture)
         stack.push_async_callback(sql.close)
@@ -198,7 +205,7 @@ async def run_resolver(
         resolver = Resolver(connection, hot, lake, cold, sql, inline, observer)
         cold_keys = ColdKeys(lake, index)
         stack.push_async_callback(cold_keys.close)
-        info = await stream_info(connection, KEYS_STREAM)
+        info = await call_with_retry(lambda: stream_info(connection, KEYS_STREAM), deadline_s=START_S)
         keys = KeyEndpoints(connection, hot, ContextReader(hot, cold), cold_keys, replicas=info.replicas)
         stack.push_async_callback(keys.close)
         snapshots = SnapshotEndpoints(connection, ContextReader(hot, cold), sql, inline)

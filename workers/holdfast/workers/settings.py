@@ -12,6 +12,10 @@ WorkerName = Literal["ingester", "archiver", "compactor", "janitor", "resolver"]
 WORKERS: Final[tuple[WorkerName, ...]] = ("archiver", "ingester", "compactor", "janitor", "resolver")
 """Every worker, in the order in which they are started; they are drained in the reverse order."""
 
+START_S: Final = 30.0
+"""How long a worker that starts waits for its server: in a compose file both start together, and a cluster may be
+without a majority in this moment."""
+
 
 class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of all workers.  Durations are in seconds."""

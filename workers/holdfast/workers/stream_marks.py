@@ -9,13 +9,13 @@ was acknowledged after the last mark and lost before it was archived leaves no t
 from __future__ import annotations
 
 import logging
-import os
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from holdfast.lake.files import write_durably
 from holdfast.streams.pull import StreamReader, read_one
 
 if TYPE_CHECKING:
@@ -69,12 +69,7 @@ class StreamMarks:
     def put(self, stream: str, mark: Mark) -> None:
         """Keeps a stream's mark, durably.  Raises OSError when the disk refuses."""
         marks = self._all() | {stream: mark}
-        temporary = self._path.with_name(f"{FILE}.new")
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.encode(_File(streams=marks)))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_durably(self._path, msgspec.json.encode(_File(streams=marks)))
 
 
 def mark_of(message: StoredMessage) -> Mark:

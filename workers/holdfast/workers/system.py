@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -24,6 +25,7 @@ from holdfast.schemas.errors import DataDirectoryError
 from holdfast.schemas.rows import TABLES
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.hot import HotTier
+from holdfast.streams.retry import call_with_retry
 from holdfast.streams.topology import StreamInfo, ensure_topology, mark_heads_archived
 from holdfast.streams.wire import HOT_STREAM, KEYS_STREAM, STREAM_OF_TABLE
 from holdfast.workers.archiver import Archiver, run_archiver
@@ -35,15 +37,12 @@ from holdfast.workers.janitor import run_janitor
 from holdfast.workers.reports import answer_reports
 from holdfast.workers.resolver import run_resolver
 from holdfast.workers.scrubber import Scrubber
-from holdfast.workers.settings import WORKERS, WorkerName, WorkerSettings
+from holdfast.workers.settings import START_S, WORKERS, WorkerName, WorkerSettings
 
 if TYPE_CHECKING:
     from holdfast.streams.connection_target import ConnectionTarget
 
 logger = logging.getLogger(__name__)
-
-CONNECT_S: Final = 30.0
-"""How long a worker waits for its server: in a compose file both start together."""
 
 DRAIN_S: Final = 30.0
 """How long a worker may take to finish what is in hand before it is cancelled."""
@@ -105,7 +104,7 @@ async def run_workers(
     """
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(
-            open_connection(target, name=f"holdfast-{'-'.join(names)}"[:60], connect_s=CONNECT_S)
+            open_connection(target, name=f"holdfast-{'-'.join(names)}"[:60], connect_s=START_S)
         )
         lake, index = await _open_lake(stack, settings) if _NEEDS_LAKE.intersection(names) else (None, None)
         archived = await asyncio.to_thread(_archived_streams, lake, settings)
@@ -116,7 +115,8 @@ async def run_workers(
             archived=archived,
         )
         if lake is not None:
-            await _mark_new_keys(connection, lake, streams[KEYS_STREAM])
+            keys = streams[KEYS_STREAM]
+            await call_with_retry(partial(_mark_new_keys, connection, lake, keys), deadline_s=START_S)
         hot = HotTier(connection, replicas=streams[HOT_STREAM].replicas, cold=cold_chunks(connection))
         stack.push_async_callback(hot.close)
         workers = RunningWorkers(connection)
@@ -181,7 +181,7 @@ async def _mark_new_keys(connection: Connection, lake: Lake, info: StreamInfo) -
 
 async def _start_ingester(stack: AsyncExitStack, workers: RunningWorkers, hot: HotTier) -> None:
     ingester = Ingester(workers.connection, hot)
-    await ingester.open()
+    await call_with_retry(ingester.open, deadline_s=START_S)
     stack.push_async_callback(ingester.close)
     workers.start("ingester", ingester.run(), lambda: msgspec.structs.asdict(ingester.counters))
     stack.push_async_callback(workers.drain, "ingester")

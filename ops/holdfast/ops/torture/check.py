@@ -269,7 +269,7 @@ def _check_places(findings: _Findings, observation: Observation) -> None:
 
 def _check_marks(findings: _Findings, observation: Observation, samples: Sequence[Sample]) -> None:
     """I3: watermarks only advance, and nothing above one was purged."""
-    before: dict[tuple[str, str], tuple[int, float]] = {}
+    before: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
     last = samples[-1].at_s if samples else 0.0
     for at_s, marks in [*((sample.at_s, sample.marks) for sample in samples), (last, observation.marks)]:
         for mark in marks:
@@ -278,8 +278,13 @@ def _check_marks(findings: _Findings, observation: Observation, samples: Sequenc
                 findings.add("I3", "purged", mark.stream, f"{what} ({at_s:.1f} s)")
             if mark.watermark_epoch is None:
                 continue
-            earlier, then_s = before.get((mark.stream, mark.epoch), (0, 0.0))
+            # By the watermark's own epoch: the stream was looked at before it, and may have been made anew in between.
+            epochs = before[mark.stream]
+            earlier, then_s = epochs.get(mark.watermark_epoch, (0, 0.0))
             if mark.watermark < earlier:
                 what = f"the watermark went back from {earlier} ({then_s:.1f} s) to {mark.watermark} ({at_s:.1f} s)"
                 findings.add("I3", "watermark", mark.stream, what)
-            before[mark.stream, mark.epoch] = (mark.watermark, at_s)
+            elif mark.watermark_epoch in epochs and mark.watermark_epoch != next(reversed(epochs)):
+                what = f"the watermark went back to epoch {mark.watermark_epoch} ({at_s:.1f} s)"
+                findings.add("I3", "watermark", mark.stream, what)
+            epochs[mark.watermark_epoch] = (mark.watermark, at_s)

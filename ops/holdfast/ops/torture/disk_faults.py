@@ -26,6 +26,9 @@ _FULL: Final = ("pwrite64", "pwrite64,ftruncate,fallocate")
 _BROKEN: Final = ("fsync,fdatasync", "pwrite64", "fsync,fdatasync,pwrite64")
 _ATTACH_S: Final = 0.2
 
+TRACER_S: Final = 2.0
+"""How long strace may take to let go of a process."""
+
 
 async def disk_full(ground: Ground, choice: random.Random) -> None:
     """Has every write of the server, or of the archiver, end with "no space left on device" for up to three seconds."""
@@ -75,9 +78,26 @@ async def _injected(pid: int, calls: str, error: str, when: str) -> AsyncGenerat
         await asyncio.sleep(_ATTACH_S)
         yield
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            tracer.terminate()
-        await tracer.wait()
+        await end_tracer(tracer)
+
+
+async def end_tracer(tracer: asyncio.subprocess.Process) -> None:
+    """Has strace let go of what it traces.
+
+    One that is told to stop waits for each thread of a process to stand still, beginning with the first: of a process
+    that is killed in this moment it waits for ever, for that one is only told as dead after all others, and those are
+    told to nobody but this tracer.  The killed process stays, dead and unburied, as long.  A killed tracer lets go of
+    everything.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        tracer.terminate()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(TRACER_S):
+            await tracer.wait()
+            return
+    with contextlib.suppress(ProcessLookupError):
+        tracer.kill()
+    await tracer.wait()
 
 
 if IS_POSSIBLE:

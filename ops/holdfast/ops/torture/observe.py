@@ -46,7 +46,7 @@ async def observe(
         lake = await asyncio.to_thread(_read_lake, lake_path, namespaces)
         streams = await read_streams(url, namespaces, chunks=lake.chunks)
         marks = [_mark(streams, lake, stream) for stream in streams.infos]
-        overtaken = any(mark.messages and mark.first_seq > mark.watermark + 1 for mark in marks)
+        overtaken = any(mark.messages and mark.first_seq > mark.archived + 1 for mark in marks)
         if not overtaken or attempt == _AGAIN:
             break
     views["lake"], views["streams"] = lake.view, streams.view(is_whole=False)
@@ -64,9 +64,7 @@ async def observe(
 def _mark(streams: RawStreams, lake: _Lake, stream: str) -> Mark:
     info = streams.infos[stream]
     epoch, seq = lake.watermarks.get(stream, (None, 0))
-    return Mark(
-        stream, info.epoch, epoch, seq if epoch == info.epoch else 0, info.first_seq, info.last_seq, info.messages
-    )
+    return Mark(stream, info.epoch, epoch, seq, info.first_seq, info.last_seq, info.messages)
 
 
 class _Lake:

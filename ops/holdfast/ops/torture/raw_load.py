@@ -109,6 +109,8 @@ class RawProducer(Producer):
         attempt, body = self.next_key(choice)
         self.writer.begin(attempt)
         subject = f"$KV.ctx-keys.{self.namespace}.{attempt.id}"
+        event_id = str(uuid.UUID(int=choice.getrandbits(128), version=4))
+        seq = 0
         try:
             ref = ref_of(self.namespace, CONTEXT_KIND, body)
             await self._store(ref, body)
@@ -117,7 +119,7 @@ class RawProducer(Producer):
                 "version": version + 1,
                 "op": "put",
                 "ref": ref,
-                "event_id": str(uuid.UUID(int=choice.getrandbits(128), version=4)),
+                "event_id": event_id,
                 "timestamp_ms": time.time_ns() // 1_000_000,
                 "change_type": attempt.op,
             }
@@ -127,7 +129,8 @@ class RawProducer(Producer):
                 headers={"Nats-Expected-Last-Subject-Sequence": str(seq)},
             )
         except nats.js.errors.APIError as error:
-            if error.err_code in _OCCUPIED:
+            # In a cluster, a leader that was deposed and does not know it refuses what the new one stores.
+            if error.err_code in _OCCUPIED and await self._is_taken(subject, seq, event_id):
                 self.writer.refused(attempt.op, error)
             else:
                 self.note_error([attempt], error)
@@ -135,6 +138,14 @@ class RawProducer(Producer):
             self.note_error([attempt], error)
         else:
             self.note_acknowledged(attempt, seq=ack.seq, version=version + 1)
+
+    async def _is_taken(self, subject: str, seq: int, event_id: str) -> bool:
+        """Whether a version of somebody else stands behind a sequence, where ours can never come any more."""
+        try:
+            found = await self._js.get_msg(STREAMS["key_versions"], seq=seq + 1, subject=subject, next=True)
+        except (nats.errors.Error, OSError, TimeoutError):
+            return False
+        return bool(json.loads(found.data or b"{}").get("event_id") != event_id)
 
     async def _head(self, subject: str) -> tuple[int, int]:
         """The sequence and the version of a key's newest message; zeros when it has none."""

@@ -18,7 +18,7 @@ import random
 import signal
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,8 +30,11 @@ from holdfast.ops.torture.history import Event, History
 from holdfast.ops.torture.plain import digest_text
 from holdfast.schemas.errors import GapError, HoldfastError, NotFoundError, RetryError
 
-_REMEMBERED: Final = 20_000
+_REMEMBERED: Final = 10_000
 """Acknowledged writes of each kind that are looked at again: the newest, which are on their way to the lake."""
+
+_UNSETTLED: Final = 20_000
+"""The newest attempts, of which an acknowledgement may still come."""
 
 _PAGE: Final = 50
 _PAUSE_S: Final = 0.05
@@ -60,6 +63,7 @@ class Tail:
         self.acknowledged: dict[str, deque[Event]] = {}
         self.attempted: Counter[str] = Counter()
         self.known: Counter[str] = Counter()
+        self._newest: deque[str] = deque()
 
     def read(self) -> None:
         """Takes in what was written since; a line that is not whole yet is left for later."""
@@ -83,12 +87,21 @@ class Tail:
         kind = event.attempt.kind
         if event.ended is None:
             self.attempted[kind] += 1
+            self._newest.append(op)
+            if len(self._newest) > _UNSETTLED:
+                self._forget(self._newest.popleft())
         elif event.outcome == "acknowledged" and event.ended == number:
             self.known[kind] += 1
             self.acknowledged.setdefault(kind, deque()).append(event)
             if len(self.acknowledged[kind]) > _REMEMBERED:
                 gone = self.acknowledged[kind].popleft()
                 self.history.events.pop(gone.attempt.op)
+
+    def _forget(self, op: str) -> None:
+        """Drops an attempt that was not acknowledged; those that were are dropped in their own order."""
+        event = self.history.events.get(op)
+        if event is not None and event.outcome != "acknowledged":
+            del self.history.events[op]
 
 
 class Reader:
@@ -207,6 +220,9 @@ class Reader:
                     await self._count_once(sql)
                 except HoldfastError as error:
                     self._put_off(error, "the live view")
+                    if sql is not None:
+                        # It has a connection and a thread of its own.
+                        await asyncio.to_thread(_close_sql, sql)
                     sql = None
             await _sleep_unless(stop, _COUNT_S)
 
@@ -225,6 +241,11 @@ def _open_sql(lake: Path, url: str) -> Any:
     from holdfast.lake import connect as connect_lake
 
     return connect_lake(lake, url, live=["events"])
+
+
+def _close_sql(sql: Any) -> None:
+    with suppress(HoldfastError):
+        sql.close()
 
 
 def _count_events(sql: Any, namespace: str) -> int:

@@ -368,10 +368,14 @@ class TortureRig:
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a process holds at a moment."""
+    """What a process holds at a moment.  ``own_bytes`` is resident memory that no file backs: pages of files, of
+    libraries and of the index, are a cache, which the kernel takes back when it needs them.  ``data_files`` are the
+    open files that are Parquet files of the lake, which look-ups keep open; not those that are removed."""
 
     rss_bytes: int
+    own_bytes: int
     open_files: int
+    data_files: int
     threads: int
 
 
@@ -379,13 +383,23 @@ def usage_of(pid: int) -> Usage | None:
     """Returns what a process holds; None when it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-        open_files = len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208  names alone, from a directory that may vanish
+        # Names alone, from a directory that may vanish.
+        descriptors = os.listdir(f"/proc/{pid}/fd")  # noqa: PTH208
     except OSError:
         return None
+    data_files = sum(_target(f"/proc/{pid}/fd/{descriptor}").endswith(".parquet") for descriptor in descriptors)
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     if "VmRSS" not in fields:
         return None
-    return Usage(int(fields["VmRSS"].split()[0]) * 1024, open_files, int(fields["Threads"]))
+    rss, of_files = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssFile"))
+    return Usage(rss, rss - of_files, len(descriptors), data_files, int(fields["Threads"]))
+
+
+def _target(link: str) -> str:
+    try:
+        return os.readlink(link)  # noqa: PTH115  some are no paths
+    except OSError:
+        return ""
 
 
 def _since_start(child: Child) -> bytes:

@@ -24,9 +24,10 @@ from holdfast.ops.torture.observe import observe, read_lake_rows
 from holdfast.ops.torture.proxy import Proxy
 from holdfast.ops.torture.readers import read_notes
 from holdfast.ops.torture.rig import Progress, TortureRig
-from holdfast.ops.torture.samples import Sampler, UsageSummary
+from holdfast.ops.torture.samples import Sampler
 from holdfast.ops.torture.schedule import Step, plan
 from holdfast.ops.torture.seen import Observation, Placed
+from holdfast.ops.torture.usage import UsageSummary
 from holdfast.ops.verify import verify
 from holdfast.schemas.errors import FenceError, HoldfastError
 from holdfast.streams.connection import open_connection

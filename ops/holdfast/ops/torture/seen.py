@@ -55,7 +55,7 @@ class Placed(msgspec.Struct, frozen=True, gc=False):
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """Where archiving of a stream stands, and what the stream holds."""
+    """Where archiving of a stream stands, and what the stream holds: two things that were read one after another."""
 
     stream: str
     epoch: str
@@ -64,6 +64,11 @@ class Mark(msgspec.Struct, frozen=True):
     first_seq: int
     last_seq: int
     messages: int
+
+    @property
+    def archived(self) -> int:
+        """Up to where the stream as it is now was archived: nothing of it, when the watermark is of an earlier one."""
+        return self.watermark if self.watermark_epoch == self.epoch else 0
 
 
 class Observation(msgspec.Struct):

@@ -14,7 +14,7 @@ from typing import Final, Self
 import msgspec
 
 from holdfast.lake.checksums import sha256_of
-from holdfast.lake.files import fsync_directory, make_directory, write_durably
+from holdfast.lake.files import UNNAMED, fsync_directory, make_directory, write_durably
 from holdfast.schemas.errors import DataDirectoryError, UnavailableError
 from holdfast.schemas.failpoints import failpoint
 
@@ -170,8 +170,9 @@ class ObjectWriter:
 def _create(directory: Path) -> None:
     make_directory(directory)
     if not (directory / LAYOUT_FILE).exists():
-        ours = {OBJECTS, MANIFESTS, TEMPORARY, "lost+found", f"{LAYOUT_FILE}.tmp"}
-        strange = sorted(path.name for path in directory.iterdir() if path.name not in ours)
+        ours = {OBJECTS, MANIFESTS, TEMPORARY, "lost+found"}
+        names = (path.name for path in directory.iterdir())
+        strange = sorted(name for name in names if name not in ours and not UNNAMED.match(name))
         if strange:
             raise DataDirectoryError(
                 f"directory {directory} is not empty and holds no backups: it holds {strange[0]!r}",
