@@ -104,37 +104,53 @@ async def test_a_cancelled_cycle_leaves_nothing_behind_and_the_next_begins_anew(
             assert lake.statistics("contexts").rows == 5 * PIECE
 
 
+def lose_all_at_the_end_of_a_run(
+    server: OwnServer, folder: Path, archiver: TableArchiver, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Has the server, whose empty store lies in ``copy``, lose everything when the archiver meets the stream's end, and
+    producers go on: three pieces, of which the references come into the list, and a message that is no context."""
+    store = folder / "nats"
+    take = Intake.take
+    stored: list[str] = []
+
+    async def lose_the_tail_at_its_end(intake: Intake, **options: Any) -> Any:
+        piece = await take(intake, **options)
+        if piece is None and not stored:
+            await server.kill()
+            shutil.rmtree(store)
+            shutil.move(folder / "copy", store)
+            await server.start(with_streams=False)
+            async with connect(server.url) as hf:
+                stored.extend(await hf.put_many([{"n": n} for n in range(3 * PIECE)]))
+            async with plain_client(server.url) as client:
+                await client.jetstream().publish("$KV.ctx-hot.default.none", b"")
+            await eventually(lambda: archiver._connection.reconnects == 1)
+            piece = await take(intake, **options)
+        return piece
+
+    monkeypatch.setattr(Intake, "take", lose_the_tail_at_its_end)
+    return stored
+
+
+@pytest.mark.parametrize("archived", [0, 2 * PIECE])
 async def test_a_run_is_never_made_of_what_a_stream_held_before_and_after_it_lost_its_tail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archived: int
 ) -> None:
-    store, copy = tmp_path / "nats", tmp_path / "copy"
     async with own_server(tmp_path) as server:
         await server.stop()
-        shutil.copytree(store, copy)
+        shutil.copytree(tmp_path / "nats", tmp_path / "copy")
         await server.start(with_streams=False)
-        async with connect(server.url) as hf:
-            await hf.put_many([{"lost": n} for n in range(2 * PIECE)])
         async with archiver_of(server, tmp_path) as (archiver, lake):
-            take = Intake.take
-            stored: list[str] = []
-
-            async def lose_the_tail_at_its_end(intake: Intake, **options: Any) -> Any:
-                piece = await take(intake, **options)
-                if piece is None and not stored:
-                    await server.kill()
-                    shutil.rmtree(store)
-                    shutil.move(copy, store)
-                    await server.start(with_streams=False)
-                    async with connect(server.url) as hf:
-                        stored.extend(await hf.put_many([{"n": n} for n in range(3 * PIECE)]))
-                    await eventually(lambda: archiver._connection.reconnects == 1)
-                    piece = await take(intake, **options)
-                return piece
-
-            monkeypatch.setattr(Intake, "take", lose_the_tail_at_its_end)
+            async with connect(server.url) as hf:
+                await hf.put_many([{"archived": n} for n in range(archived)])
+                assert await archiver.cycle(limit=100) == archived
+                await hf.put_many([{"lost": n} for n in range(2 * PIECE - archived // 2)])
+            stored = lose_all_at_the_end_of_a_run(server, tmp_path, archiver, monkeypatch)
             while await archiver.cycle(limit=100):
                 pass
             digests = [parse_ref(ref).digest for ref in stored]
             archiver._index.refresh(lake)
             with Lookup(lake, archiver._index) as lookup:
                 assert len(lookup.get_contexts(digests)) == 3 * PIECE
+        async with connect(server.url) as hf:
+            assert [letter.seq for letter in await dead_letters(hf)] == [3 * PIECE + 1]

@@ -343,7 +343,7 @@ class TestLean:
         self, connection: Connection, caplog: pytest.LogCaptureFixture
     ) -> None:
         """As when one of many was cancelled: the others fail without a word."""
-        await connection.lean.send("nobody.here")
+        _ = await connection.lean.send("nobody.here")
         with pytest.raises(NoResponderError):
             await connection.lean.request("nobody.here")
         gc.collect()

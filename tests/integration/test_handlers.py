@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import pytest_asyncio
 
-from holdfast.client import Event, Holdfast, connect, handler_intake, lineage
+from holdfast.client import Event, Holdfast, connect, handler_intake, handler_runner, lineage
 from holdfast.client.handler_control import receipt_mark
-from holdfast.client.handler_policy import consumer_name
+from holdfast.client.handler_policy import HandlerOptions, consumer_name, consumer_options
 from holdfast.client.receipt_records import Record
 from holdfast.schemas.errors import (
     HandlerError,
@@ -31,7 +31,7 @@ from holdfast.schemas.ids import new_event_id
 from holdfast.schemas.limits import LINEAGE_DEPTH
 from holdfast.schemas.lineage import RECEIPT
 from holdfast.streams.connection import ApiError, ApiFailure
-from holdfast.streams.consumer import ConsumerOptions, DurableConsumer, delete_consumer
+from holdfast.streams.consumer import ConsumerOptions, Delivery, DurableConsumer, delete_consumer
 from holdfast.streams.dead import DeadLetter, read_dead_letters
 from holdfast.streams.decode import decode_event
 from holdfast.streams.wire import EVENTS_STREAM, event_filter, reply_subject
@@ -339,6 +339,26 @@ async def test_an_idempotent_handler_of_receipts_is_not_handed_its_own_without_e
     assert len(await named(hf.connection, namespace, RECEIPT)) == 2
 
 
+async def test_what_is_known_to_be_done_is_passed_over_even_if_the_server_says_it_is_new(
+    hf: Holdfast, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is killed forgets the last acknowledgements, and that it had delivered the event at all."""
+    monkeypatch.setattr(handler_intake, "_REOPEN_S", 0.01)
+    monkeypatch.setattr(handler_runner, "is_surely_new", lambda *_, **__: True)
+    seen = Seen()
+
+    @handlers.on("a", name="h", idempotent=True, start="all")
+    async def work(event: Event) -> None:
+        seen.add(event)
+
+    await handlers.ready()
+    await hf.emit("a")
+    await eventually(lambda: settled(handlers, "h", 1))
+    assert await delete_consumer(hf.connection, EVENTS_STREAM, consumer_name(hf.namespace, "h"))
+    await eventually(lambda: handlers.counters["h"].skipped == 1 or len(seen.events) > 1)
+    assert len(seen.events) == 1
+
+
 async def test_receipts_that_are_stored_together_are_each_stored_once_whatever_is_there_already(
     hf: Holdfast, handlers: Handlers, namespace: str
 ) -> None:
@@ -587,6 +607,43 @@ async def test_what_a_closing_client_has_in_hand_goes_to_another_at_once(
     assert len(begun.events) == 2
 
 
+async def test_what_waits_when_a_client_closes_is_handed_back_once(
+    nats_server: str, namespace: str, hf: Holdfast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time uses up an attempt: the process that closes is not to be handed it once more."""
+    begun, name = Seen(), consumer_name(namespace, "h")
+    hand_back = DurableConsumer.nak
+
+    async def hand_back_and_look(consumer: DurableConsumer, delivery: Delivery, delay_s: float) -> None:
+        await hand_back(consumer, delivery, delay_s)
+        await consumer.floor()  # whatever the server does about it at once has arrived
+
+    monkeypatch.setattr(DurableConsumer, "nak", hand_back_and_look)
+    declared = consumer_options(namespace, HandlerOptions(pattern="a", name="h", agent="test"))
+    async with other(nats_server, namespace) as (_, handlers):
+
+        @handlers.on("a", name="h", concurrency=1)
+        async def hang(event: Event) -> None:
+            if begun.add(event) > 1:
+                await asyncio.Event().wait()
+
+        await handlers.ready()
+        await hf.emit("a", 0)
+        await eventually(lambda: handlers.counters["h"].done == 1)
+        for number in range(1, 4):
+            await hf.emit("a", number)
+        await begun.wait(2)
+        await handlers.close(0.0)
+    consumer = DurableConsumer(hf.connection, EVENTS_STREAM, name, declared)
+    await consumer.open()
+    left: dict[int, int] = {}
+    async with asyncio.timeout(LIMIT_S):
+        while len(left) < 3:
+            left |= {delivery.message.seq: delivery.attempt for delivery in await consumer.fetch()}
+    await consumer.close()
+    assert set(left.values()) == {2}
+
+
 async def test_what_was_asked_for_and_not_taken_goes_back_at_once(hf: Holdfast, nats_server: str) -> None:
     subject = event_filter(hf.namespace, "*")
     options = ConsumerOptions(filter_subjects=(subject,), ack_wait_s=3_600.0, batch=5)
@@ -631,8 +688,18 @@ async def test_closing_waits_for_what_is_running(nats_server: str, namespace: st
         assert (handlers.counters["h"].done, len(begun.events)) == (1, 1)
 
 
-async def test_a_long_handler_keeps_its_event_and_those_that_wait_behind_it(hf: Holdfast, handlers: Handlers) -> None:
+async def test_a_long_handler_keeps_its_event_and_those_that_wait_behind_it(
+    hf: Holdfast, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, go_on = Seen(), asyncio.Event()
+    renew, failures = DurableConsumer.in_progress, [RuntimeError("as nobody expects")]
+
+    async def fail_once(consumer: DurableConsumer, delivery: Delivery) -> None:
+        if failures:
+            raise failures.pop()
+        await renew(consumer, delivery)
+
+    monkeypatch.setattr(DurableConsumer, "in_progress", fail_once)
 
     @handlers.on("slow", name="slow", ack_wait_s=0.3, concurrency=1)
     async def work(event: Event) -> None:
@@ -681,6 +748,80 @@ async def test_what_waits_behind_a_handler_that_hangs_goes_to_another_process(
         others.on("a", name="h")(there.add)
         await there.wait(2)
     assert len({event.data for event in here.events + there.events}) == 4
+
+
+async def test_events_that_are_passed_over_do_not_make_a_slow_handler_take_others_ahead(
+    hf: Holdfast, handlers: Handlers, nats_server: str, namespace: str
+) -> None:
+    options: dict[str, Any] = {"name": "h", "concurrency": 1, "agent": "mine", "for_me": True}
+    here, there = Seen(), Seen()
+
+    @handlers.on("a", **options)
+    async def hang(event: Event) -> None:
+        here.add(event)
+        await asyncio.Event().wait()
+
+    await handlers.ready()
+    for number in range(5):
+        await hf.emit("a", number, originator="somebody else")
+    await eventually(lambda: handlers.counters["h"].skipped == 5)
+    for number in range(3):
+        await hf.emit("a", number, originator="mine")
+    await here.wait()
+    async with other(nats_server, namespace) as (_, others):
+        others.on("a", **options)(there.add)
+        await there.wait(2)
+    assert sorted(event.data for event in here.events + there.events) == [0, 1, 2]
+
+
+async def test_beside_what_was_handed_out_often_nothing_is_taken_ahead(
+    hf: Holdfast, handlers: Handlers, nats_server: str, namespace: str
+) -> None:
+    """It may be what its process dies of, and would take attempts from events that were never begun."""
+    here, there = Seen(), Seen()
+    declared = consumer_options(namespace, HandlerOptions(pattern="a", name="h", agent="test"))
+    consumer = DurableConsumer(hf.connection, EVENTS_STREAM, consumer_name(namespace, "h"), declared)
+    await consumer.open()
+    for number in range(4):
+        await hf.emit("a", number)
+    for _ in range(8):  # as if two processes had died with all of them in hand
+        [delivery] = await consumer.fetch(1)
+        await consumer.nak(delivery, 0.0)
+    await consumer.close()
+
+    @handlers.on("a", name="h", concurrency=1)
+    async def hang(event: Event) -> None:
+        if here.add(event) > 1:
+            await asyncio.Event().wait()
+
+    await here.wait(2)
+    async with other(nats_server, namespace) as (_, others):
+        others.on("a", name="h")(there.add)
+        await there.wait(2)
+    assert sorted(event.data for event in here.events + there.events) == [0, 1, 2, 3]
+
+
+async def test_what_a_consumer_without_memory_delivers_once_more_is_let_go_of_as_often(
+    hf: Holdfast, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handler_intake, "_REOPEN_S", 0.01)
+    seen, go_on = Seen(), asyncio.Event()
+
+    @handlers.on("a", name="h", concurrency=2, start="all")
+    async def work(event: Event) -> None:
+        seen.add(event)
+        await go_on.wait()
+
+    await handlers.ready()
+    await hf.emit("a", 1)
+    await seen.wait()
+    # The one that is made anew begins as this one did, down to the subject on which the event is acknowledged.
+    assert await delete_consumer(hf.connection, EVENTS_STREAM, consumer_name(hf.namespace, "h"))
+    await seen.wait(2)
+    monkeypatch.setattr(handler_intake, "HELD_BYTES", 1)  # with nothing in hand there is room
+    go_on.set()
+    await hf.emit("a", 2)
+    assert [event.data for event in await seen.wait(3)] == [1, 1, 2]
 
 
 async def test_one_event_at_a_time_is_handled_wholly_before_the_next(hf: Holdfast, handlers: Handlers) -> None:

@@ -92,6 +92,9 @@ class TestPutAndResolve:
     async def test_what_was_just_stored_is_read_from_this_process(self, hf: Holdfast) -> None:
         ref = await hf.put({"a": 1})
         assert (await hf.resolve(ref)).tier == "cache"
+        hf.cache.forget(ref)
+        assert (await hf.resolve(ref)).tier == "hot"
+        assert (hf.cache.counters.hits, hf.cache.counters.misses) == (1, 1)
 
     async def test_equal_contexts_of_two_agents_share_one_reference(
         self, nats_server: str, namespace: str, connection: Connection

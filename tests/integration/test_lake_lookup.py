@@ -17,6 +17,7 @@ from holdfast.lake.compaction import MergePolicy
 from holdfast.schemas.errors import DigestMismatchError, IntegrityError
 from holdfast.schemas.refs import Digest
 from holdfast.schemas.rows import Position, Row, Table
+from holdfast.workers.contexts import ColdReader
 from tests.test_lake_samples import (
     EPOCH,
     chunked,
@@ -258,6 +259,17 @@ def test_a_lake_restored_to_an_earlier_version_is_noticed(lake: Lake, index: Lak
     restored = Lake.open(lake.path)
     assert index.refresh(restored).rebuilt == ("contexts",)
     assert index.count("contexts") == 10
+
+
+async def test_a_cold_reader_tells_what_it_read_now_from_what_it_kept(lake: Lake, index: LakeIndex) -> None:
+    rows = contexts(1, 2)
+    archive(lake, "contexts", [*rows])
+    digests = [row.digest for row in rows]
+    reader = ColdReader(lake, index)
+    first, _ = await reader.get_many(digests[:1])
+    both, _ = await reader.get_many(digests)
+    await reader.close()
+    assert [first[digests[0]].is_fresh, *(both[digest].is_fresh for digest in digests)] == [True, False, True]
 
 
 def test_compaction_of_what_is_known_is_not_read_again(lake: Lake, index: LakeIndex) -> None:

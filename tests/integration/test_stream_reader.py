@@ -82,6 +82,13 @@ async def test_a_read_ends_at_its_bytes(own_server: OwnServer, monkeypatch: pyte
         messages, _ = await reader.read(limit=1_000, max_bytes=35_000)
         assert len(messages) == 40  # the bound, and what the last pull brought
         assert seqs((await reader.read(limit=1_000))[0]) == list(range(41, 101))
+        # Headers count: who publishes little else must not fill the memory of who reads.
+        committer = Committer(connection)
+        large = {"A": "x" * 1_000}
+        await committer.store_many([Outgoing("ctx.n.event.a.b", large | {H_MSG_ID: f"h.{i}"}, b"") for i in range(60)])
+        await committer.close()
+        messages, _ = await reader.read(limit=1_000, max_bytes=35_000)
+        assert len(messages) == 40
         await reader.close()
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.schemas import refs
 from holdfast.schemas.errors import InvalidRefError
 from holdfast.schemas.refs import (
     JSON,
@@ -142,6 +143,13 @@ def test_what_is_no_reference_is_refused(ref: object) -> None:
     with pytest.raises(InvalidRefError) as caught:
         parse_ref(ref)
     assert len(str(caught.value)) < 400
+
+
+def test_what_is_kept_for_hashing_does_not_grow_with_what_a_message_says() -> None:
+    kept = refs._hasher_before_body.cache_info().currsize
+    digests = {compute_digest("n", "k", b"", content_type="x" * length) for length in range(129, 500)}
+    assert len(digests) == 371
+    assert refs._hasher_before_body.cache_info().currsize == kept
 
 
 def test_a_kind_may_look_like_a_reference_itself() -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from holdfast.client.near_cache import MAX_AGE_MS
+from holdfast.schemas.refs import compute_digest
+from holdfast.schemas.rows import ContextRow
+from holdfast.workers.contexts import Found
 from holdfast.workers.reply_cache import ReplyCache
+from holdfast.workers.resolver_contexts import ContextEndpoints
 
 
 def add(cache: ReplyCache, ref: str, encoded: bytes = b"{}", at_ms: int = 0, expires_at_ms: int | None = None) -> None:
@@ -62,3 +71,25 @@ def test_it_never_holds_more_than_its_bytes_and_forgets_all_in_the_end() -> None
         assert 0 <= cache.size_bytes <= 20_000
     cache.add("n", "last", False, b"", expires_at_ms=None, now_ms=now + 10 * MAX_AGE_MS)
     assert len(cache) == 1
+
+
+@pytest.mark.parametrize("is_fresh", [True, False])
+async def test_an_answer_is_not_kept_for_a_second_minute_when_its_body_was_kept_for_one(is_fresh: bool) -> None:
+    digest = compute_digest("n", "k", b"1")
+    row = ContextRow(
+        namespace="n", kind="k", digest=digest, content_type="application/json", body=b"1", size=1, stored_at_ms=0,
+        epoch="e", seq=1, form="plain",
+    )  # fmt: skip
+
+    class Reader:
+        async def get_many(self, namespace: str, digests: object, *, max_bytes: int) -> Any:
+            return {digest: Found(row, "lake", is_fresh=is_fresh)}, {}
+
+    async def reply(payload: bytes, headers: object) -> None:
+        assert b'"body":1' in payload
+
+    cache = ReplyCache()
+    contexts: Any = Reader()
+    call: Any = SimpleNamespace(namespace="n", data=b'{"ref":"%b"}' % row.ref.encode(), headers={}, reply=reply)
+    await ContextEndpoints(contexts, asyncio.Semaphore(1), cache).resolve(call)
+    assert len(cache) == is_fresh

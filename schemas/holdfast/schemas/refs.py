@@ -14,6 +14,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Final, NamedTuple, NewType
 
+from holdfast.schemas import limits
 from holdfast.schemas.errors import InvalidRefError
 
 Ref = NewType("Ref", str)
@@ -61,7 +62,10 @@ def hash_context(
     namespace: str, kind: str, body: bytes, *, content_type: str = JSON, expires_at_ms: int | None = None
 ) -> bytes:
     """Returns the bytes that the digest of a context stands for; for who compares, and needs no text."""
-    hasher = _hasher_before_body(namespace, kind, content_type, expires_at_ms).copy()
+    # A message of anybody's may name a content type of a megabyte: that is not kept.
+    is_usual = len(content_type) <= limits.CONTENT_TYPE_CHARS
+    begin = _hasher_before_body if is_usual else _hasher_before_body.__wrapped__
+    hasher = begin(namespace, kind, content_type, expires_at_ms).copy()
     hasher.update(len(body).to_bytes(8, "little"))
     hasher.update(body)
     return hasher.digest()

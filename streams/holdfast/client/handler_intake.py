@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from holdfast.client.handler_policy import Again, HandlerOptions, Settlement, delay_s, events_ahead, turn
+from holdfast.client.handler_policy import Again, HandlerOptions, Settlement, delay_s, events_ahead, is_often, turn
 from holdfast.schemas import limits
 from holdfast.schemas.errors import ConfigurationError, HoldfastError, RetryError
 from holdfast.schemas.failpoints import failpoint
@@ -59,18 +59,20 @@ class HandlerCounters(msgspec.Struct):
 class Place:
     """The place of one delivery among those at work."""
 
-    __slots__ = ("_began_s", "_leave", "delivery")
+    __slots__ = ("_began_s", "_leave", "delivery", "has_run")
 
-    def __init__(self, delivery: Delivery, leave: Callable[[float], None]) -> None:
+    def __init__(self, delivery: Delivery, leave: Callable[[float | None], None]) -> None:
         self.delivery: Final = delivery
+        self.has_run = False
+        """Whether the function was called: what is passed over does not tell how long that takes."""
         self._began_s = time.perf_counter()
-        self._leave: Callable[[float], None] | None = leave
+        self._leave: Callable[[float | None], None] | None = leave
 
     def leave(self) -> None:
         """Makes room for another event, once: the function is done with this one, which is not settled yet."""
         leave, self._leave = self._leave, None
         if leave is not None:
-            leave(time.perf_counter() - self._began_s)
+            leave(time.perf_counter() - self._began_s if self.has_run else None)
 
 
 Work = Callable[[Place], Awaitable[Settlement]]
@@ -87,13 +89,15 @@ class Intake:
         self._options = options
         self._counters = counters
         self._work = work
-        self._held: dict[str, Delivery] = {}
+        # By identity: a consumer that was made anew, or lost its last state, delivers under an ack subject once more.
+        self._held: dict[int, Delivery] = {}
         self._held_bytes = 0
         self._waiting: deque[tuple[Delivery, float]] = deque()  # each with the time since when
         self._at_work = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._freed = asyncio.Event()
         self._mean_s: float | None = None
+        self._is_wary = False  # what came last was handed out often; the server has such events delivered first
         self._renewing: asyncio.Task[None] | None = None
         # Where one event ends, another one begins; it is to know nothing of that one's lineage and variables.
         self._context = contextvars.copy_context()
@@ -119,10 +123,11 @@ class Intake:
     async def stop(self) -> None:
         """Takes no more events, and hands back what was taken and not begun."""
         waiting, self._waiting = self._waiting, deque()
+        # First, or what is handed back comes here again, one attempt later, while there is a pull to bring it.
+        await self._consumer.close()
         for delivery, _ in waiting:
             self._forget(delivery)
             await self._settle(delivery, Again(0.0))
-        await self._consumer.close()
 
     async def finish(self, timeout_s: float) -> None:
         """Waits for what was begun, then cancels the rest, which goes to others at once."""
@@ -143,14 +148,16 @@ class Intake:
             await self._freed.wait()
         fetched = await self._consumer.fetch(self._consumer.asked_for or self._room())
         now_s = time.perf_counter()
+        if fetched:
+            self._is_wary = any(is_often(delivery.attempt) for delivery in fetched)
         for delivery in sorted(fetched, key=lambda each: turn(each.attempt, random.random())):  # noqa: S311
-            self._held[delivery.ack_subject] = delivery
+            self._held[id(delivery)] = delivery
             self._held_bytes += len(delivery.message.payload)
             self._waiting.append((delivery, now_s))
         self._begin()
 
     def _ahead(self) -> int:
-        return events_ahead(self._options.concurrency, self._mean_s)
+        return 0 if self._is_wary else events_ahead(self._options.concurrency, self._mean_s)
 
     def _room(self) -> int:
         """How many more events may be taken."""
@@ -170,8 +177,9 @@ class Intake:
             tasks.add(task)
             task.add_done_callback(self._ended)
 
-    def _left(self, took_s: float) -> None:
-        self._mean_s = took_s if self._mean_s is None else self._mean_s + (took_s - self._mean_s) / _MEAN_OVER
+    def _left(self, took_s: float | None) -> None:
+        if took_s is not None:
+            self._mean_s = took_s if self._mean_s is None else self._mean_s + (took_s - self._mean_s) / _MEAN_OVER
         self._at_work -= 1
         self._freed.set()
         self._begin()
@@ -196,7 +204,7 @@ class Intake:
             await self._settle(delivery, settlement)
 
     def _forget(self, delivery: Delivery) -> None:
-        if self._held.pop(delivery.ack_subject, None) is not None:
+        if self._held.pop(id(delivery), None) is not None:
             self._held_bytes -= len(delivery.message.payload)
 
     async def _settle(self, delivery: Delivery, settlement: Settlement) -> None:
@@ -216,14 +224,14 @@ class Intake:
 
     async def _renew(self) -> None:
         """Keeps what is held from being delivered again, however long it is worked on or ends."""
-        renewed: set[str] = set()
+        renewed: set[int] = set()
         while True:
             await asyncio.sleep(min(self._options.ack_wait_s, LONGEST_WAIT_S) / 6)
             await self._hand_back()
             # What has come since the last look is renewed by the next one: a third of the ack wait at most goes by.
             known, renewed = renewed, set(self._held)
-            for ack_subject in known & renewed:
-                delivery = self._held.get(ack_subject)
+            for key in known & renewed:
+                delivery = self._held.get(key)
                 if delivery is None:
                     continue  # settled meanwhile
                 try:
@@ -231,6 +239,9 @@ class Intake:
                 except RetryError as error:
                     # The next time, if it is still ours.
                     logger.debug("a delivery was not renewed", extra=about(self._options, delivery, error))
+                except Exception as error:
+                    # All the others are kept alive by this task too.
+                    logger.exception("a delivery could not be renewed", extra=about(self._options, delivery, error))
 
     async def _hand_back(self) -> None:
         """Hands back what has waited too long; nothing is taken ahead until functions are quick again."""

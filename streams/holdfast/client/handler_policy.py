@@ -205,14 +205,23 @@ def events_ahead(concurrency: int, mean_s: float | None) -> int:
     return int(min(MOST_AHEAD, concurrency * AHEAD_S / max(mean_s, 1e-6)))
 
 
-def turn(attempt: int, chance: float) -> float:
-    """Returns by what deliveries that came together are put in turn: those of a first time as they came, the others in
-    any order, by ``chance`` from 0 to 1.
+def is_often(attempt: int) -> bool:
+    """Whether a delivery was handed out more often than by one process that stopped, or died, with it in hand.
 
-    A process that dies of an event takes an attempt from each that waits behind it.  If it were always the same ones,
-    they would be given up together with it, and never have been begun.
+    Then it may be what processes die of, and each time they take an attempt from all that they hold: so none is taken
+    ahead beside it.
     """
-    return 0.0 if attempt == 1 else 1.0 + chance
+    return attempt > 2
+
+
+def turn(attempt: int, chance: float) -> float:
+    """Returns by what deliveries that came together are put in turn: as they came, then those that were handed out
+    often in any order, by ``chance`` from 0 to 1.
+
+    If always the same ones came behind an event that kills its process, they would be given up together with it, and
+    never have been begun.
+    """
+    return 1.0 + chance if is_often(attempt) else 0.0
 
 
 def kills_its_handler(attempt: int, max_deliver: int) -> bool:

@@ -171,8 +171,10 @@ class HandlerRunner:
         if self.options.idempotent and event.event_id in self._in_hand:
             return Again(delay_s(self.options, delivery.attempt))  # delivered twice, and the first is not at its end
         self._in_hand.add(event.event_id)
+        mark = receipt_mark(event.namespace, self.options.name, event.event_id) if self.options.idempotent else None
         try:
-            if self.options.idempotent and not is_new and await self._is_done(event):
+            # Known here to be done, it may look new: a server that was killed has forgotten the last it was told.
+            if mark is not None and (mark in self._done or (not is_new and await self._is_done(mark))):
                 self.counters.skipped += 1
                 return "ack"
             if kills_its_handler(delivery.attempt, self.options.max_deliver):
@@ -182,7 +184,7 @@ class HandlerRunner:
                     cause="interrupted",
                     hint="does the event kill the process that works on it?",
                 )
-            await self._run(event, place)
+            await self._run(event, place, mark)
         except Exception as error:  # noqa: BLE001  a handler may raise whatever it likes
             return await self._failed(event, delivery, error)
         finally:
@@ -190,12 +192,13 @@ class HandlerRunner:
         self.counters.done += 1
         return "ack"
 
-    async def _run(self, event: Event, place: Place) -> None:
+    async def _run(self, event: Event, place: Place, mark: EventId | None) -> None:
         options = self.options
         context = {**event.lineage, "agent_id": options.agent}
         recorder = ReadRecorder() if options.track else None
         mint = IdMint(event.namespace, options.name, event.event_id) if options.idempotent else None
         failpoint("handler.before_run")
+        place.has_run = True
         with lineage.enter(context, reads=recorder, mint=mint):
             returned = await self._call(event, dict(context))
             failpoint("handler.after_run")
@@ -205,7 +208,6 @@ class HandlerRunner:
             if result is not None:
                 await self._result(event, result)
         failpoint("handler.after_result")
-        mark = receipt_mark(event.namespace, options.name, event.event_id) if options.idempotent else None
         if event.name != RECEIPT:  # the receipt of a receipt would have one in its turn
             record = Record() if recorder is None else recorder.record()
             told = self._hf.receipts.events_of(context, record, handler=options.name, receipt_id=mark)
@@ -308,10 +310,7 @@ class HandlerRunner:
             return
         await self._tell(event, outcome)
 
-    async def _is_done(self, event: Event) -> bool:
-        mark = receipt_mark(event.namespace, self.options.name, event.event_id)
-        if mark in self._done:
-            return True
+    async def _is_done(self, mark: EventId) -> bool:
         if await self._find({"event_id": mark, "name": RECEIPT}) is None:
             return False
         self._remember(mark)

@@ -47,11 +47,10 @@ class NearCache:
 
     def get(self, key: str, now_ms: int) -> ContextRow | None:
         """Returns the context if it is here, young enough and not expired."""
-        entry = self._entries.get(key)
-        if entry is None:
+        if key not in self:
             self.counters.misses += 1
             return None
-        until_ms, row = entry
+        until_ms, row = self._entries[key]
         if now_ms >= until_ms:
             self._drop(key)
             self.counters.misses += 1

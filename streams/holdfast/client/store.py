@@ -190,11 +190,10 @@ class Holdfast(EventReader):
         DigestMismatchError when the only copy is damaged, UnavailableError when it is not hot and no resolver answers.
         """
         # What the near cache holds was looked up under a well-formed reference: no need to take it apart again.
-        if ref in self.cache:
-            row = self.cache.get(ref, now_ms())
-            if row is not None:
-                context = Context(row, "cache", self.key_ring)
-                return await self._tracked(context, track, lineage) if _may_track(track) else context
+        row = self.cache.get(ref, now_ms())
+        if row is not None:
+            context = Context(row, "cache", self.key_ring)
+            return await self._tracked(context, track, lineage) if _may_track(track) else context
         row, tier = await self._reader.load_one(parse_ref(ref).digest)
         now = now_ms()
         # The kind is under the digest too: a reference that names another kind names nothing.

@@ -99,7 +99,7 @@ class Committer:
     With a ``verifier``, messages are create-once by subject: equal subjects share one write, a taken subject is
     looked at before its outcome is told, and messages may be stored in any order.  Without one, messages are told apart
     by their ``Nats-Msg-Id`` and are stored in the order in which they were handed in, unless an attempt has to be
-    repeated: of what went singly, or behind the batch that is repeated, some may then be stored before what it followed.
+    repeated: of what went singly, or behind a batch that is repeated, some may then be stored before what it followed.
 
     A write that is not acknowledged in ``deadline_s`` ends with the last RetryError, or with StorageFailedError as soon
     as the server is known to store nothing; its outcome is unknown, and sending it again is safe.  Cancelling a caller

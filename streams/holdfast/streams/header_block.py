@@ -31,6 +31,11 @@ class HeaderBlock(Mapping[str, str]):
         self._headers: dict[str, str] | None = None
 
     @property
+    def size_bytes(self) -> int:
+        """How many bytes they arrived in."""
+        return len(self._block)
+
+    @property
     def own(self) -> Mapping[str, str]:
         """At least the headers whose names begin with ``Hf-``, if there are any: cheaper than all of them."""
         end = self._block.find(_SERVERS)
@@ -60,6 +65,11 @@ class HeaderBlock(Mapping[str, str]):
 
     def __repr__(self) -> str:
         return repr(self._all())
+
+
+def size_of(headers: Mapping[str, str]) -> int:
+    """Returns how many bytes some headers arrived in; 0 where that is not known."""
+    return headers.size_bytes if isinstance(headers, HeaderBlock) else 0
 
 
 def own_headers(headers: Mapping[str, str]) -> Mapping[str, str]:

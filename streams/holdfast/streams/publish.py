@@ -61,10 +61,9 @@ class Outgoing(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """Bytes on the wire, closely; headers are ASCII and count against the server's ``max_payload``."""
-        size = len(self.payload) + len(self.subject) + _HEADER_FRAME_BYTES
-        for name, value in self.headers.items():
-            size += len(name) + len(value) + 4
-        return size
+        headers = self.headers
+        names_and_values = sum(map(len, headers)) + sum(map(len, headers.values())) + 4 * len(headers)
+        return len(self.payload) + len(self.subject) + _HEADER_FRAME_BYTES + names_and_values
 
 
 class Refused(Exception):  # noqa: N818  an outcome that the caller handles, not an error for users

@@ -16,7 +16,7 @@ from holdfast.schemas import limits
 from holdfast.schemas.errors import GapError, UnavailableError
 from holdfast.streams.arrivals import Frame, FrameQueue
 from holdfast.streams.connection import ApiError, Connection, Msg
-from holdfast.streams.header_block import HeaderBlock
+from holdfast.streams.header_block import HeaderBlock, size_of
 from holdfast.streams.leader import message_at_leader
 from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery, parse_time_ms
 from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
@@ -80,11 +80,11 @@ class StreamReader:
     ) -> tuple[list[StoredMessage], StreamInfo]:
         """Returns messages from ``next_seq`` on, contiguous, and the stream's state as of the beginning of the call.
 
-        Ends at ``limit`` messages, at ``max_bytes``, or at the stream's last sequence of that time (at ``up_to`` when
-        that is earlier), whichever comes first; ``next_seq`` then is the sequence after the last one returned.  Never
-        waits for new messages.  Raises GapError when messages are missing that this reader has not been told of, once
-        everything before them has been returned: ``next_seq`` below the stream's first sequence counts as one.  After
-        any error, and after a cancel, the next read begins where this one began.
+        Ends at ``limit`` messages, at ``max_bytes`` of payloads and headers, or at the stream's last sequence of that
+        time (at ``up_to`` when that is earlier), whichever comes first; ``next_seq`` then is the sequence after the
+        last one returned.  Never waits for new messages.  Raises GapError when messages are missing that this reader
+        has not been told of, once everything before them has been returned: ``next_seq`` below the stream's first
+        sequence counts as one.  After any error, and after a cancel, the next read begins where this one began.
         """
         began = self.next_seq
         try:
@@ -130,7 +130,7 @@ class StreamReader:
                     break
                 self._pass_over(message.seq)
                 self.next_seq = message.seq + 1
-                size += len(message.payload)
+                size += len(message.payload) + size_of(message.headers)
                 messages.append(message)
         return messages, info
 

@@ -243,6 +243,7 @@ _KNOWN: Final[set[str]] = set()
 """The texts of those names."""
 
 _MOST_NAMES: Final = 256
+_LONGEST_NAME: Final = 256
 
 _HEADERS_BEGIN: Final = b"NATS/1.0"
 _HEADERS_END: Final = b"\r\n\r\n"
@@ -295,7 +296,7 @@ def _header_name(raw: bytes) -> str | None:
         return None
     if name and name.split() != [name]:
         return None
-    if name and len(_NAMES) < _MOST_NAMES:
+    if name and len(_NAMES) < _MOST_NAMES and len(raw) <= _LONGEST_NAME:
         _NAMES[raw] = name
         _KNOWN.add(name)
     return name

@@ -151,13 +151,13 @@ class TableArchiver:
         intake = self._intake
         run = Run(self._lake, self.table, intake.next_seq)
         try:
-            dead = await self._fill(run, intake, limit=limit, up_to=up_to)
-            if not run.spanned:
-                return 0
+            dead = await self._fill(run, intake, reconnects, limit=limit, up_to=up_to)
             if self._connection.reconnects != reconnects:
                 await self._in_thread(run.discard)
                 await self._restart()
                 return None
+            if not run.spanned:
+                return 0
             self.mark = await self._in_thread(run.commit)
         except BaseException as error:
             # Whatever went wrong, the next cycle begins where the lake says.  In the lake's thread, which may still be
@@ -178,13 +178,14 @@ class TableArchiver:
         )
         return run.spanned
 
-    async def _fill(self, run: Run, intake: Intake, *, limit: int, up_to: int | None) -> int:
+    async def _fill(self, run: Run, intake: Intake, reconnects: int, *, limit: int, up_to: int | None) -> int:
         """Writes a run, up to its commit; returns how many of its messages were buried."""
         dead = 0
         while run.spanned < limit and not run.is_full:
             piece = await self._next_piece(intake, run, limit=limit, up_to=up_to)
             self.archived_seq = run.first_seq - 1
-            if piece is None:
+            if piece is None or self._connection.reconnects != reconnects:
+                # Nothing of a piece that may be of another life is stored or buried: it will be read under its own.
                 break
             if not run.spanned:
                 await self._in_thread(lambda: self._index.refresh(self._lake))

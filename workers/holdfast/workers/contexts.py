@@ -45,10 +45,11 @@ CACHE_BYTES: Final = 32 * 1024 * 1024
 
 
 class Found(msgspec.Struct, frozen=True):
-    """A stored form (a manifest stays one) and the tier it was read from."""
+    """A stored form (a manifest stays one) and the tier it was read from; ``is_fresh``: now, not up to a minute ago."""
 
     row: ContextRow
     tier: Tier
+    is_fresh: bool = True
 
 
 class ColdReader:
@@ -63,19 +64,19 @@ class ColdReader:
         self._cache = NearCache(CACHE_BYTES)
         self._running: asyncio.Task[None] | None = None
 
-    async def get_many(self, digests: Iterable[Digest]) -> tuple[dict[Digest, ContextRow], dict[Digest, HoldfastError]]:
+    async def get_many(self, digests: Iterable[Digest]) -> tuple[dict[Digest, Found], dict[Digest, HoldfastError]]:
         """Returns what the lake holds, and the error of each that it cannot serve; the rest is not there.
 
         Before anything is said to be missing, the newest version of the lake has been read.
         """
-        found: dict[Digest, ContextRow] = {}
+        found: dict[Digest, Found] = {}
         failed: dict[Digest, HoldfastError] = {}
         futures: dict[Digest, asyncio.Future[ContextRow | None]] = {}
         now = now_ms()
         for digest in digests:
             cached = self._cache.get(digest, now)
             if cached is not None:
-                found[digest] = cached
+                found[digest] = Found(cached, "lake", is_fresh=False)
             else:
                 futures[digest] = self._enqueue(digest)
         for digest, future in futures.items():
@@ -85,7 +86,7 @@ class ColdReader:
                 failed[digest] = error
                 continue
             if row is not None:
-                found[digest] = row
+                found[digest] = Found(row, "lake")
         return found, failed
 
     async def in_reading_order(self, digests: list[Digest]) -> list[Digest]:
@@ -182,10 +183,8 @@ class ContextReader:
         if not left:
             return found, {}
         archived, failed = await self._cold.get_many(left)
-        for digest, row in archived.items():
-            # The namespace is under the digest: a row of another is no answer to this question.
-            if row.namespace == namespace:
-                found[digest] = Found(row, "lake")
+        # The namespace is under the digest: a row of another is no answer to this question.
+        found |= {digest: item for digest, item in archived.items() if item.row.namespace == namespace}
         return found, {digest: error for digest, error in (damaged | failed).items() if digest not in found}
 
     async def _get_hot(
@@ -247,7 +246,7 @@ class ContextReader:
         chunks, errors = await self.get_stored_many(namespace, parts)
         require_chunks(row, chunks, errors)
         bodies = {digest: chunk.row.body for digest, chunk in chunks.items()}
-        return Found(await asyncio.to_thread(join, row, bodies), item.tier)
+        return msgspec.structs.replace(item, row=await asyncio.to_thread(join, row, bodies))
 
 
 def _typed(error: Exception) -> HoldfastError:

@@ -157,7 +157,8 @@ class ContextEndpoints:
             encoded = msgspec.msgpack.encode(choose_fields(packed_reply(item.row, item.tier), fields))
         else:
             encoded = msgspec.json.encode(choose_fields(context_reply(item.row, item.tier), fields))
-        if fields is None and len(encoded) <= limits.REPLY_BYTES:
+        # What was kept since an earlier reading is not kept for another minute.
+        if fields is None and item.is_fresh and len(encoded) <= limits.REPLY_BYTES:
             self._cache.add(
                 namespace, item.row.ref, packed, encoded, expires_at_ms=item.row.expires_at_ms, now_ms=now_ms()
             )
