@@ -59,6 +59,18 @@ def entry(number: int, rows: int, day: str = "2026-01-31", epoch: str = EPOCH, s
     )
 
 
+def merged(files: list[FileEntry], policy: MergePolicy) -> tuple[list[FileEntry], int]:
+    """What files become by one run of compaction, and how many rows it writes."""
+    written = 0
+    for group in plan_merge(files, today="2026-01-31", policy=policy):
+        total = sum(file.rows for file in group.files)
+        written += total
+        files = [file for file in files if file not in group.files]
+        files.append(entry(group.files[0].min_seq // 1000, total))
+        files.sort(key=lambda file: file.min_seq)
+    return files, written
+
+
 def test_neighbours_of_one_size_class_are_merged() -> None:
     files = [entry(0, 60), entry(1, 60), entry(2, 60), entry(3, 7), entry(4, 7), entry(5, 7), entry(6, 7)]
     groups = plan_merge(files, today="2026-01-31", policy=SMALL)
@@ -70,6 +82,27 @@ def test_too_few_files_wait_while_their_day_lasts() -> None:
     assert plan_merge(files, today="2026-01-31", policy=SMALL) == []
     [group] = plan_merge(files, today="2026-02-01", policy=SMALL)
     assert len(group.files) == 3
+
+
+def test_an_earlier_life_of_a_stream_waits_for_nothing() -> None:
+    """Nothing is added to it any more: a stream that is made anew often must not leave its files behind each time."""
+    files = [entry(0, 60, epoch="e1"), entry(1, 7, epoch="e1"), entry(2, 60, epoch="e2"), entry(3, 7, epoch="e2")]
+    [group] = plan_merge(files, today="2026-01-31", live_epoch="e2", policy=SMALL)
+    assert group.epoch == "e1"
+    assert len(group.files) == 2
+
+
+def test_large_and_small_ones_that_take_turns_do_not_become_ever_more() -> None:
+    policy = MergePolicy(target_rows=100_000, target_bytes=1 << 40, min_files=10, most_files=64)
+    files: list[FileEntry] = []
+    most = written = 0
+    for cycle in range(1000):
+        files.append(entry(cycle, 100 if cycle % 2 else 1_000))
+        files, rows = merged(files, policy)
+        most = max(most, len(files))
+        written += rows
+    assert most <= 64 + 12  # and the full ones
+    assert written <= 1000 * 550 * 10  # each row some ten times
 
 
 def test_full_files_are_left_alone_and_end_a_run() -> None:
@@ -115,12 +148,8 @@ def test_repeated_merging_settles_and_rewrites_each_row_a_few_times() -> None:
     written = 0
     for cycle in range(1000):
         files.append(entry(cycle, 100))
-        for group in plan_merge(files, today="2026-01-31", policy=policy):
-            total = sum(file.rows for file in group.files)
-            written += total
-            files = [file for file in files if file not in group.files]
-            files.append(entry(group.files[0].min_seq // 1000, total))
-            files.sort(key=lambda file: file.min_seq)
+        files, rows = merged(files, policy)
+        written += rows
     assert written <= 3 * 100_000
     assert len(files) <= 40
 

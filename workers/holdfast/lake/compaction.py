@@ -60,12 +60,15 @@ class MergePolicy(msgspec.Struct, frozen=True, kw_only=True):
     """When files are merged.
 
     A file that is half full is left alone.  Others are merged with neighbours of their own size class, so that a
-    row is rewritten once for each class, not once for each merge; those of a day that is over, with any neighbour.
+    row is rewritten once for each class, not once for each merge; those to which nothing is added any more (of a day
+    that is over, of a stream's earlier life), with any neighbour.  So are those of a day that have become more than
+    ``most_files``, as happens when large and small ones take turns.
     """
 
     target_rows: int = 250_000
     target_bytes: int = 256 * 1024 * 1024
     min_files: int = 10
+    most_files: int = 64
 
 
 class MergeGroup(msgspec.Struct, frozen=True):
@@ -96,8 +99,14 @@ class VacuumReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0
 
 
-def plan_merge(files: Sequence[FileEntry], *, today: str, policy: MergePolicy | None = None) -> list[MergeGroup]:
-    """Returns which files to merge, oldest first; ``today`` is the UTC day that is not over yet, ``YYYY-MM-DD``."""
+def plan_merge(
+    files: Sequence[FileEntry], *, today: str, live_epoch: str | None = None, policy: MergePolicy | None = None
+) -> list[MergeGroup]:
+    """Returns which files to merge, oldest first.
+
+    ``today`` is the UTC day that is not over yet, ``YYYY-MM-DD``; ``live_epoch`` the life of the stream that is
+    archived now, None when each may be.
+    """
     rule = policy or MergePolicy()
     partitions: dict[tuple[str, str], list[FileEntry]] = defaultdict(list)
     for entry in files:
@@ -105,9 +114,11 @@ def plan_merge(files: Sequence[FileEntry], *, today: str, policy: MergePolicy | 
     groups: list[MergeGroup] = []
     for (day, epoch), entries in sorted(partitions.items()):
         entries.sort(key=lambda entry: entry.min_seq)
-        is_over = day < today
-        fewest = 2 if is_over else rule.min_files
-        filled = [group for run in _runs(entries, rule, any_class=is_over) for group in _fill(run, rule)]
+        is_over = day < today or live_epoch not in (None, epoch)
+        is_crowded = sum(1 for entry in entries if _size_class(entry, rule)) > rule.most_files
+        any_class = is_over or is_crowded
+        fewest = 2 if any_class else rule.min_files
+        filled = [group for run in _runs(entries, rule, any_class=any_class) for group in _fill(run, rule)]
         groups += [MergeGroup(day, epoch, tuple(group)) for group in filled if len(group) >= fewest]
     return groups
 
@@ -164,8 +175,10 @@ def compact(
     for name in tables:
         table = lake.table(name)
         damaged = Quarantine(table.directory).files()
-        entries = [entry for entry in table.refresh().files.values() if entry.path not in damaged]
-        for group in plan_merge(entries, today=today, policy=policy):
+        snapshot = table.refresh()
+        entries = [entry for entry in snapshot.files.values() if entry.path not in damaged]
+        live_epoch = None if snapshot.watermark is None else snapshot.watermark.epoch
+        for group in plan_merge(entries, today=today, live_epoch=live_epoch, policy=policy):
             try:
                 written = _merge(table, group)
             except FenceError:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from holdfast.schemas.refs import Digest
     from holdfast.streams.hot import HotTier
 
-CACHE_BYTES: Final = 64 * limits.MIB
+CACHE_BYTES: Final = 32 * limits.MIB
 """Most bytes of chunks kept between runs: those of some hundred conversations under way."""
 
 FETCHED: Final = 128
