@@ -33,6 +33,7 @@ def connection_options(port: int) -> dict[str, Any]:
         "socket_timeout": None,
         "socket_connect_timeout": None,
         "retry": None,
+        "max_connections": 1_024,
     }
 
 
