@@ -95,11 +95,17 @@ def a_version(key: str, number: int) -> KeyVersionRow:
     )
 
 
-async def test_a_version_that_was_stored_and_refused_was_written(connection: Connection, old_leader: OldLeader) -> None:
+async def begun(connection: Connection, old_leader: OldLeader, **changes: object) -> KeyLog:
+    """A key with one version, whose stream is then changed and refused for by the old leader."""
     log = KeyLog(connection, replicas=3)
     await log.write(NewVersion(a_version("plan", 1)), after_seq=0)
-    await old_leader.configure(KEYS_STREAM, no_ack=True)
+    await old_leader.configure(KEYS_STREAM, **changes)
     await old_leader.listen("$KV.ctx-keys.>")
+    return log
+
+
+async def test_a_version_that_was_stored_and_refused_was_written(connection: Connection, old_leader: OldLeader) -> None:
+    log = await begun(connection, old_leader, no_ack=True)
     row = a_version("plan", 2)
     written = await log.write(NewVersion(row), after_seq=1)
     assert old_leader.refused
@@ -111,10 +117,7 @@ async def test_a_version_that_was_stored_and_refused_was_written(connection: Con
 async def test_versions_of_a_batch_that_were_stored_and_refused_were_written(
     connection: Connection, old_leader: OldLeader
 ) -> None:
-    log = KeyLog(connection, replicas=3)
-    await log.write(NewVersion(a_version("plan", 1)), after_seq=0)
-    await old_leader.configure(KEYS_STREAM, no_ack=True)
-    await old_leader.listen("$KV.ctx-keys.>")
+    log = await begun(connection, old_leader, no_ack=True)
     written = await log.write_all(
         [
             (NewVersion(a_version("plan", 2)), 1),
@@ -131,10 +134,7 @@ async def test_versions_of_a_batch_that_were_stored_and_refused_were_written(
 async def test_what_nobody_stored_is_sent_again_until_somebody_does(
     connection: Connection, old_leader: OldLeader
 ) -> None:
-    log = KeyLog(connection, replicas=3)
-    await log.write(NewVersion(a_version("plan", 1)), after_seq=0)
-    await old_leader.configure(KEYS_STREAM, subjects=["elsewhere.>"])
-    await old_leader.listen("$KV.ctx-keys.>")
+    log = await begun(connection, old_leader, subjects=["elsewhere.>"])
 
     async def retire(refused: int) -> None:
         if refused == 3:

@@ -105,19 +105,26 @@ async def _create(connection: Connection, letter: Outgoing) -> bool:
         try:
             await publish(connection, letter)
         except Refused as refusal:
+            if refusal.err_code not in (WRONG_LAST_SEQUENCE, SUBJECT_FULL):
+                raise
             # Taken, the server says; but a full stream answers alike, and so does a leader that was deposed and has an
             # attempt in flight that nobody will store.  The letter itself is the proof.
-            if refusal.err_code in (WRONG_LAST_SEQUENCE, SUBJECT_FULL) and await last_at_leader(
-                connection, DEAD_STREAM, [letter.subject]
-            ):
+            if await last_at_leader(connection, DEAD_STREAM, [letter.subject]):
                 return False
-            raise UnavailableError(
-                f"a dead letter could not be stored: {refusal}",
-                hint="see the server's log and its limits of storage; the message stays where it is meanwhile",
-            ) from refusal
+            raise _not_stored(refusal) from refusal
         return True
 
-    return await store_with_retry(connection, DEAD_STREAM, attempt)
+    try:
+        return await store_with_retry(connection, DEAD_STREAM, attempt)
+    except Refused as refusal:
+        raise _not_stored(refusal) from refusal
+
+
+def _not_stored(refusal: Refused) -> UnavailableError:
+    return UnavailableError(
+        f"a dead letter could not be stored: {refusal}",
+        hint="see the server's log and its limits of storage; the message stays where it is meanwhile",
+    )
 
 
 async def read_dead_letters(connection: Connection, *, after_seq: int = 0) -> AsyncGenerator[tuple[int, DeadLetter]]:

@@ -288,7 +288,6 @@ class KeyLog:
         """
         floors: dict[str, int] = {}
         found: list[KeyVersionRow] = []
-        is_lost = False
         for version, after_seq in versions:
             row = version.row
             floor = floors.setdefault(row.key, after_seq or 0)
@@ -296,11 +295,9 @@ class KeyLog:
             if own is not None:
                 found.append(own)
             elif not is_last:
-                is_lost = True
+                raise LostRaceError  # all or none: the others need not be looked for
         if len(found) == len(versions):
             return found
-        if is_lost:
-            raise LostRaceError
         raise _RefusedUnseenError("a write was refused, and nothing is to be seen that was in its way")
 
     async def _found_behind(self, row: KeyVersionRow, floor_seq: int) -> tuple[KeyVersionRow | None, bool]:

@@ -203,9 +203,9 @@ class Janitor:
                 if head.last_seq > expected:
                     # What stands behind it is no version: somebody put something of his own on the subject.
                     return await self._expire(subject, version, now, head.last_seq)
-                # A refusal with nothing in the way: by a leader that was deposed.  It stays due.
+                # A refusal with nothing in the way: by a leader that was deposed.  It stays due, for the next round.
                 self._remember(subject, version)
-                return 0
+                raise UnavailableError(f"{KEYS_STREAM} refused an expire version, and nothing was in its way") from None
             self.counters.overtaken += 1
             return 0
         except BaseException:
