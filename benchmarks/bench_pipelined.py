@@ -32,7 +32,7 @@ IN_FLIGHT: Final = 1_000
 BATCH: Final = 64
 PRODUCERS: Final = 256
 
-FIGURES: Final = ("put_fast_pipelined", "emit_256_producers", "key_update_64")
+FIGURES: Final = ("put_fast_pipelined", "emit_256_producers", "key_update_expected_64")
 
 _ONCE: Final = {"Nats-Expected-Last-Subject-Sequence": "0"}
 
@@ -42,7 +42,7 @@ async def run(bench: Bench) -> None:
     if bench.wants("put_fast_pipelined"):
         async with bench.server("fast") as server, server.connect() as hf, OwnInbox(server.client) as inbox:
             await _pipelined(bench, hf, inbox)
-    if bench.wants("emit_256_producers", "key_update_64"):
+    if bench.wants("emit_256_producers", "key_update_expected_64"):
         async with bench.server() as server, server.connect() as hf:
             await _events(bench, server, hf)
             await _updates(bench, server, hf)
@@ -134,7 +134,7 @@ async def _updates(bench: Bench, server: BenchServer, hf: Holdfast) -> None:
 
     await bench.figure(
         Figure(
-            name="key_update_64",
+            name="key_update_expected_64",
             what="hf.keys.put of the next version, expecting the one before, from 64 tasks on keys of their own",
             kind="rate",
             durability="durable",

@@ -38,10 +38,12 @@ async def main() -> None:
             hf = await stack.enter_async_context(connect(arguments.url, "bench"))
             await hf.resolve(await hf.put({"once": "so that what is loaded late is loaded"}))
         elif arguments.what == "worker":
+            from holdfast.ops.cli.service_commands import without_pandas
             from holdfast.streams.connection_target import ConnectionTarget
             from holdfast.workers.settings import WORKERS, WorkerSettings
             from holdfast.workers.system import run_workers
 
+            stack.enter_context(without_pandas())  # as 'holdfast up' and 'holdfast worker' do
             settings = WorkerSettings(lake=arguments.data / "lake", index=arguments.data / "index")
             target = ConnectionTarget(url=arguments.url, origin="benchmark")
             await stack.enter_async_context(run_workers(target, WORKERS, settings))

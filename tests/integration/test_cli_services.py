@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,16 @@ def test_a_signal_drains_in_the_stated_order(tmp_path: Path, number: signal.Sign
         assert drained(service) == ["resolver", "janitor", "compactor", "ingester", "archiver"]
     assert not psutil.pid_exists(server)
     assert not (line.data / "server.json").exists()
+
+
+def test_no_memory_goes_to_pandas(holdfast: CommandLine) -> None:
+    assert find_spec("pandas") is not None, "installed here, so that pyarrow would import it"
+    with holdfast.up() as service:
+        holdfast("put", "to be archived")
+        holdfast("flush")  # makes Arrow arrays
+        mapped = Path(f"/proc/{service.process.pid}/maps").read_text()
+    assert "pyarrow" in mapped
+    assert "/pandas/" not in mapped
 
 
 def test_a_second_signal_ends_it_at_once_and_nothing_is_lost(holdfast: CommandLine) -> None:

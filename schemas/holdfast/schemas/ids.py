@@ -17,6 +17,7 @@ import re
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final, NewType
 
@@ -123,7 +124,19 @@ def normal_event_id(namespace: str, source_id: str) -> tuple[EventId, str | None
     # Only the canonical form is an id of ours, not braces, a URN or upper case, which uuid.UUID also takes.
     if is_canonical_uuid(source_id):
         return EventId(source_id), unpacked_source_id(source_id)
-    return packed_event_id(source_id) or derived_event_id(namespace, "source-id", source_id), source_id
+    if len(source_id) > _REMEMBERED_LENGTH:
+        return _given_event_id(namespace, source_id), source_id
+    return _remembered_event_id(namespace, source_id), source_id
+
+
+def _given_event_id(namespace: str, source_id: str) -> EventId:
+    return packed_event_id(source_id) or derived_event_id(namespace, "source-id", source_id)
+
+
+# An event's id comes back soon, as the parent and the root of those behind it, and in each worker that decodes them.
+_remembered_event_id = lru_cache(maxsize=4096)(_given_event_id)
+_REMEMBERED_LENGTH: Final = 128
+"""Longer ids are worked out anew: what is remembered is bounded in bytes too."""
 
 
 def utc_from_ms(at_ms: int) -> datetime:

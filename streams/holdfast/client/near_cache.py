@@ -47,10 +47,11 @@ class NearCache:
 
     def get(self, key: str, now_ms: int) -> ContextRow | None:
         """Returns the context if it is here, young enough and not expired."""
-        if key not in self:
+        entry = self._entries.get(key)
+        if entry is None:
             self.counters.misses += 1
             return None
-        until_ms, row = self._entries[key]
+        until_ms, row = entry
         if now_ms >= until_ms:
             self._drop(key)
             self.counters.misses += 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+import sys
+from collections.abc import AsyncGenerator, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from importlib.abc import MetaPathFinder
 from typing import Annotated, Final, Literal, cast, get_args
 
 import typer
@@ -77,6 +79,7 @@ async def up(
     from holdfast.ops.serving import serve_up
 
     async with AsyncExitStack() as stack:
+        stack.enter_context(without_pandas())
         stop = await stack.enter_async_context(stop_signals())
         serving = await stack.enter_async_context(serve_up(loaded, accept_lost_streams=accept_lost_streams))
         metrics_url = None
@@ -116,14 +119,36 @@ async def worker(
     loaded = invocation.loaded
     from holdfast.ops.serving import serve_worker
 
-    async with stop_signals() as stop, serve_worker(loaded, chosen) as serving:
-        if invocation.json:
-            output.write_json({"ready": True, "worker": name, "nats_url": serving.target.url})
-        else:
-            output.remark(f"{name} serves {serving.target.url}; Ctrl-C stops it")
-        output.flush()
-        await stop.wait()
+    with without_pandas():
+        async with stop_signals() as stop, serve_worker(loaded, chosen) as serving:
+            if invocation.json:
+                output.write_json({"ready": True, "worker": name, "nats_url": serving.target.url})
+            else:
+                output.remark(f"{name} serves {serving.target.url}; Ctrl-C stops it")
+            output.flush()
+            await stop.wait()
     return exit_codes.OK
+
+
+@contextmanager
+def without_pandas() -> Generator[None]:
+    """Keeps a process that runs workers from importing pandas while the block lasts.
+
+    Wherever pandas is installed, pyarrow imports it with the first array that is made: some 50 MB that no worker uses.
+    """
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _NoPandas(MetaPathFinder):
+    # Not None in sys.modules: DuckDB takes that for the module.
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError("pandas is left out of this process, whose work does not need it", name=fullname)
 
 
 class Stop:
