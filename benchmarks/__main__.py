@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import tempfile
 import time
@@ -81,8 +82,14 @@ COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
 
 def main() -> int:
     """Runs what the command line asks for; returns the exit code."""
+    # As Ctrl-C does: servers are stopped and scratch data is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    return command(sys.argv[2:]) if command else _figures()
+    try:
+        return command(sys.argv[2:]) if command else _figures()
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
 
 
 def _figures() -> int:
