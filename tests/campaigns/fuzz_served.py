@@ -29,15 +29,8 @@ from holdfast.streams.wire import HOT_PREFIX, STREAM_OF_TABLE
 from holdfast.workers.control import archiver_status, flush
 from tests.campaigns import fuzz_inputs as make
 from tests.campaigns.fuzz import Outcome, Report, Violation, literal
-from tests.campaigns.fuzz_targets import (
-    _EVENT_MEMBERS,
-    REQUESTS,
-    _event_value,
-    header_block,
-    make_envelope,
-    make_version,
-    request_value,
-)
+from tests.campaigns.fuzz_targets import REQUESTS, header_block, make_envelope, make_version, request_value
+from tests.campaigns.fuzz_targets.messages import _EVENT_MEMBERS, _event_value
 from tests.running import running, settings_in
 from tests.support import LIMIT_S, OwnServer, plain_client, raw_publish
 

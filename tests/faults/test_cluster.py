@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from holdfast.ops.torture.history import Attempt, HistoryWriter
-from tests.campaigns.cluster import Campaign, schedule_of
+from tests.campaigns.cluster_campaign import Campaign
+from tests.campaigns.cluster_plan import schedule_of
 from tests.campaigns.cluster_rig import missing
 
 if TYPE_CHECKING:

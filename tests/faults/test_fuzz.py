@@ -45,7 +45,7 @@ def test_a_defect_is_found_and_its_input_made_small(monkeypatch: pytest.MonkeyPa
     def careless(name: str) -> str:
         return name if name.endswith("\n") and whole(name[:-1]) == name[:-1] else whole(name)
 
-    monkeypatch.setattr("tests.campaigns.fuzz_targets.encode_token", careless)
+    monkeypatch.setattr("tests.campaigns.fuzz_targets.names.encode_token", careless)
     report = fuzz.trial(4_000, 1, [TARGETS["names"]], say=quiet)
     assert report.violations
     assert report.violations[0].target == "names"
