@@ -224,7 +224,10 @@ class Campaign:
         in a pause of the faults."""
         choice = random.Random(f"chaos {self.report.seed}")
         cluster = faults.cluster
-        meter = Meter({node.name: partial(_pid_of, node) for node in cluster.nodes} | {"workers": lambda: workers.pid})
+        meter = Meter(
+            {node.name: partial(_pid_of, node) for node in cluster.nodes} | {"workers": lambda: workers.pid},
+            together={"nodes": [node.name for node in cluster.nodes]},
+        )
         metering = asyncio.create_task(meter.run())
         namespaces: list[str] = []
         ends = time.monotonic() + minutes * 60

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from holdfast.ops.torture.rig import usage_of
@@ -19,8 +19,11 @@ CAMPAIGN: Final = "campaign"
 class Meter:
     """Samples processes by name.  A process may be another one each time: nodes are killed and started again."""
 
-    def __init__(self, processes: Mapping[str, Callable[[], int | None]]) -> None:
+    def __init__(
+        self, processes: Mapping[str, Callable[[], int | None]], together: Mapping[str, Collection[str]] | None = None
+    ) -> None:
         self._processes = {**processes, CAMPAIGN: os.getpid}
+        self._together = together
         self._usage = UsageLog()
 
     async def run(self) -> None:
@@ -36,7 +39,7 @@ class Meter:
 
     def summary(self) -> dict[str, UsageSummary]:
         """Returns what each process held, by the rule of :mod:`holdfast.ops.torture.usage`."""
-        return self._usage.summary()
+        return self._usage.summary(together=self._together)
 
     def not_flat(self) -> list[str]:
         """Returns the processes that grow, and by how much."""

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from holdfast.ops.torture.rig import Usage, usage_of
 from holdfast.ops.torture.usage import Point, UsageLog, UsageSummary, not_flat, summarize
 
@@ -59,6 +61,25 @@ def test_a_leak_is_not_hidden_by_a_late_restart_nor_by_many() -> None:
 
     many = [returning(began) for began in range(0, HOUR_S, 60)]
     assert judged(*many).is_flat is False
+
+
+def test_nodes_that_share_their_work_are_judged_together() -> None:
+    def log(of_the_second: Callable[[float], float]) -> UsageLog:
+        taken = UsageLog()
+        for at_s in range(0, HOUR_S, 5):
+            for name, mib in (("n1", 100 + at_s / 60), ("n2", of_the_second(at_s))):
+                taken.take(name, 1 if name == "n1" else 2, at_s, Usage(int(mib * MIB), int(mib * MIB), 20, 0, 0))
+        return taken
+
+    together = {"nodes": ["n1", "n2"]}
+    moved = log(lambda at_s: 160 - at_s / 60).summary(together=together)
+    assert not_flat(moved) == []
+    assert moved["nodes"].is_flat is True
+    assert moved["n1"].is_flat is None
+    assert moved["n1"].mib.end - moved["n1"].mib.warm == pytest.approx(30, abs=1)
+    assert not_flat(log(lambda at_s: 160 - at_s / 60).summary()) != []
+    leaking = log(lambda at_s: 160 + at_s / 60).summary(together=together)
+    assert [line.partition(":")[0] for line in not_flat(leaking)] == ["nodes"]
 
 
 def test_what_only_a_young_process_lacks_is_no_growth() -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SUSPECT_S: Final = 3.0
+SUSPECT_S: Final = 2.0
 """How long a write waits before its stream is asked why.  Longer than the restart of an embedded server takes."""
 
 _LOOK_S: Final = 1.0

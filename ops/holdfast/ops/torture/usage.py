@@ -11,11 +11,15 @@ Two series of each process are judged, if they are long enough (``JUDGED_S``): i
 after another, of each the time between ``YOUNG_S`` and ``OLD_S`` of age.  A process that is killed every other minute
 has no long life, but must not hold more each time that it comes back either; at the same age, because caches fill for
 some minutes, and lives are not equally long.  In any case nothing may ever hold more than ``MOST_MIB``.
+
+Nodes of a cluster are judged together, as one process with the lives of all: what one holds depends on how many streams
+it leads just then, and one of three rises by 65 MiB while another falls by 50.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
@@ -95,20 +99,40 @@ class UsageLog:
             lives.append((pid, []))
         lives[-1][1].append(Point(at_s, usage.own_bytes, usage.open_files, usage.data_files))
 
-    def summary(self, *, judged_s: float = JUDGED_S) -> dict[str, UsageSummary]:
-        """Returns what each process held, and whether it is flat."""
-        return {
-            name: summarize([points for _, points in lives], judged_s=judged_s) for name, lives in self._lives.items()
+    def summary(
+        self, *, judged_s: float = JUDGED_S, together: Mapping[str, Collection[str]] | None = None
+    ) -> dict[str, UsageSummary]:
+        """Returns what each process held, and whether it is flat.
+
+        ``together`` names processes that share their work: they are judged under one further name, and what each of
+        them held is told without a verdict.
+        """
+        groups = together or {}
+        shared = {name for names in groups.values() for name in names}
+        found = {
+            name: summarize([points for _, points in lives], judged_s=math.inf if name in shared else judged_s)
+            for name, lives in self._lives.items()
         }
+        for group, names in groups.items():
+            lives = [points for name in names for _, points in self._lives.get(name, [])]
+            if lives:
+                found[group] = summarize(lives, judged_s=judged_s, is_group=True)
+        return found
 
 
-def summarize(lives: Sequence[Sequence[Point]], *, judged_s: float = JUDGED_S) -> UsageSummary:
-    """Returns the summary of a process's lives, each at least one point."""
+def summarize(lives: Sequence[Sequence[Point]], *, judged_s: float = JUDGED_S, is_group: bool = False) -> UsageSummary:
+    """Returns the summary of the lives of a process, or of a group of several, each at least one point."""
     longest = max(lives, key=_seconds)
-    every = [point for points in lives for point in points]
-    grown_up = [point for points in lives for point in points if point.at_s - points[0].at_s >= YOUNG_S]
-    of_an_age = [point for points in lives for point in points if YOUNG_S <= point.at_s - points[0].at_s < OLD_S]
-    judged = [series for series in (longest, of_an_age) if series and _seconds(series) >= judged_s]
+    aged = sorted(((point, point.at_s - points[0].at_s) for points in lives for point in points), key=_time)
+    every = [point for point, _ in aged]
+    grown_up = [point for point, age_s in aged if age_s >= YOUNG_S]
+    of_an_age = [point for point, age_s in aged if YOUNG_S <= age_s < OLD_S]
+    if is_group:
+        # No single life, which may rise as another falls: all at one age or, where few are killed, all.
+        series: list[Sequence[Point]] = [of_an_age if of_an_age and _seconds(of_an_age) >= judged_s else grown_up]
+    else:
+        series = [longest, of_an_age]
+    judged = [points for points in series if points and _seconds(points) >= judged_s]
     mib = _spread(every, grown_up or every, judged, lambda point: point.own_bytes / _MIB)
     files = _spread(every, grown_up or every, judged, lambda point: float(point.open_files - point.data_files))
     growth: list[str] = []
@@ -141,6 +165,10 @@ def summarize(lives: Sequence[Sequence[Point]], *, judged_s: float = JUDGED_S) -
 def not_flat(processes: dict[str, UsageSummary]) -> list[str]:
     """Returns the processes that grow, and by how much."""
     return [f"{name}: {what}" for name, usage in sorted(processes.items()) for what in usage.growth]
+
+
+def _time(aged: tuple[Point, float]) -> float:
+    return aged[0].at_s
 
 
 def _seconds(points: Sequence[Point]) -> float:
