@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import signal
 import socket
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -145,6 +146,29 @@ async def test_a_client_closed_in_the_middle_of_a_reconnect_does_not_go_on(
     task.cancel()
     assert not going_on
     assert client.is_closed
+
+
+async def test_a_client_whose_end_is_cancelled_does_not_go_on(own_server: OwnServer) -> None:
+    held: asyncio.Queue[Connection] = asyncio.Queue()
+
+    async def hold() -> None:
+        async with open_connection(own_server.url) as connection:
+            held.put_nowait(connection)
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(hold())
+    client = (await held.get()).client
+    own_server.signal(signal.SIGSTOP)
+    try:
+        task.cancel()
+        while not client._pongs:  # noqa: ASYNC110  it flushes, and the server is silent
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert client.is_closed
+    finally:
+        own_server.signal(signal.SIGCONT)
 
 
 async def test_an_attempt_that_ended_in_the_greeting_leaves_no_open_file(own_server: OwnServer) -> None:

@@ -183,6 +183,9 @@ async def open_connection(
                 # The server went away in between, and nats-py had not yet been told to connect anew.
                 raise nats.errors.ConnectionClosedError
             break
+        except asyncio.CancelledError:
+            await client.close()
+            raise
         except (TimeoutError, OSError, nats.errors.Error) as error:
             await client.close()
             if "authorization" in str(error).lower():
@@ -213,10 +216,12 @@ async def _close(client: TolerantClient) -> None:
             await asyncio.wait_for(client.flush(), 2)
     except (TimeoutError, nats.errors.Error, OSError):
         logger.debug("flush before closing failed", exc_info=True)
-    try:
-        await client.close()
-    except OSError:
-        logger.debug("closing failed", exc_info=True)
+    finally:
+        # Also when the flush was cancelled: a client that is not closed connects anew for ever.
+        try:
+            await client.close()
+        except OSError:
+            logger.debug("closing failed", exc_info=True)
 
 
 __all__ = ["ApiError", "Connection", "Msg", "open_connection"]
