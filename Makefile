@@ -76,7 +76,7 @@ torture-cluster-chaos: $(VENV)/.stamp-dev  ## three nodes under mixed faults for
 	@$(BIN)/python -m tests.campaigns.cluster --kind chaos --minutes 60 --load 0.3 --seed $(SEED) $(CAMPAIGN_ARGS)
 
 torture-chaos: $(VENV)/.stamp-dev  ## one server under mixed faults for an hour; SEED=1
-	@$(BIN)/python -m tests.campaigns.chaos --minutes 60 --load 0.3 --seed $(SEED) $(CAMPAIGN_ARGS)
+	@$(BIN)/python -m tests.campaigns.chaos --minutes 60 --load 0.3 --lake-rows 2000000 --seed $(SEED) $(CAMPAIGN_ARGS)
 
 torture-syscalls: $(VENV)/.stamp-dev  ## killed before every system call of five cycles (12 min); SEED=1
 	@$(BIN)/python -m tests.campaigns.syscalls --seed $(SEED) $(CAMPAIGN_ARGS)

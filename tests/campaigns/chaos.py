@@ -5,7 +5,9 @@
 First the same producers write as much as goes through for some seconds, undisturbed: that is the capacity.  Then they
 write ``--load`` of it while every fault strikes on the plan of ``holdfast torture``.  Memory and open files of each
 process are watched; from 20 minutes on, one that is not flat by the rule of :mod:`holdfast.ops.torture.usage` is a
-violation.
+violation.  ``--lake-rows`` gives the system a past: so many contexts, events and versions each, in a namespace of their
+own.  What SQL and look-ups hold grows with the lake, which an hour that begins with nothing doubles between its second
+quarter and its last: that would show size, not time.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
+from benchmarks.synthetic_lake import ContextRows, Group, append_rows, event_rows, version_rows
 
+from holdfast.lake.lake import Lake
 from holdfast.ops.torture.check import Violation
 from holdfast.ops.torture.faults import chosen_faults
 from holdfast.ops.torture.history import read_history
@@ -30,8 +34,14 @@ from holdfast.ops.torture.usage import not_flat
 from tests.campaigns.kills import conclude
 from tests.campaigns.rig import tell
 
+if TYPE_CHECKING:
+    from holdfast.schemas.rows import Table
+
 CAPACITY_S: Final = 10.0
 WARM_S: Final = 3.0
+
+PAST_FILES: Final = 40
+"""Of each table: some months of days that have been merged."""
 
 GAP_S: Final = 4.0
 """Mean time between two faults: the system is to run, not only to recover."""
@@ -44,6 +54,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     seed: int
     minutes: float
     load: float
+    lake_rows: int = 0
     capacity_per_s: float
     rate_per_s: float
     report: TortureReport | None = None
@@ -73,18 +84,44 @@ async def measure_capacity(directory: Path, seed: int, seconds: float = CAPACITY
         return written / (time.monotonic() - began)
 
 
+def make_past(directory: Path, rows: int) -> None:
+    """Writes a lake with so many rows in each table, of streams that are no more."""
+    with Lake.open(directory, create=True) as lake:
+        tables: tuple[tuple[Table, Group], ...] = (
+            ("contexts", ContextRows(seed=1, keep_every=rows)),
+            ("events", event_rows),
+            ("key_versions", version_rows),
+        )
+        for table, group in tables:
+            append_rows(lake, table, group, first=0, rows=rows, files=PAST_FILES, total=rows)
+
+
 async def campaign(
-    directory: Path, *, minutes: float, load: float, seed: int, faults: str | None = None, is_told: bool = False
+    directory: Path,
+    *,
+    minutes: float,
+    load: float,
+    seed: int,
+    faults: str | None = None,
+    lake_rows: int = 0,
+    is_told: bool = False,
 ) -> Outcome:
     """Measures, then runs the chaos; returns what was found."""
     began = time.monotonic()
     capacity = await measure_capacity(directory / "capacity", seed)
     rate = capacity * load
     outcome = Outcome(
-        seed=seed, minutes=minutes, load=load, capacity_per_s=round(capacity, 1), rate_per_s=round(rate, 1)
+        seed=seed,
+        minutes=minutes,
+        load=load,
+        lake_rows=lake_rows,
+        capacity_per_s=round(capacity, 1),
+        rate_per_s=round(rate, 1),
     )
     if is_told:
         tell(f"capacity {capacity:,.0f} writes a second; the load is {rate:,.0f}")
+    if lake_rows:
+        await asyncio.to_thread(make_past, directory / "chaos" / "lake", lake_rows)
     options = TortureOptions(
         seed=seed,
         seconds=minutes * 60,
@@ -109,6 +146,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.3, help="share of the measured capacity")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", help="some of those of 'holdfast torture', with commas; all of them unless given")
+    parser.add_argument("--lake-rows", type=int, default=0, help="rows that each table has before (none)")
     parser.add_argument("--data", type=Path, help="where everything is kept; a folder in /tmp unless given")
     parser.add_argument("--json", action="store_true", help="no progress, the line of the outcome alone")
     chosen = parser.parse_args()
@@ -121,6 +159,7 @@ def main() -> None:
             load=chosen.load,
             seed=chosen.seed,
             faults=chosen.faults,
+            lake_rows=chosen.lake_rows,
             is_told=not chosen.json,
         )
     )

@@ -21,6 +21,7 @@ from holdfast.ops.torture.observe import observe
 from holdfast.ops.torture.readers import read_notes
 from holdfast.ops.torture.rig import TortureRig
 from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
+from tests.campaigns.chaos import make_past
 from tests.campaigns.kills import Campaign
 from tests.running import eventually
 from tests.support import OwnServer, api, plain_client
@@ -41,6 +42,7 @@ async def holdfast(*arguments: str) -> tuple[int, dict[str, Any], str]:
 
 
 async def test_a_short_torture_finds_nothing(tmp_path: Path) -> None:
+    make_past(tmp_path / "lake", 4_000)  # the rows of others are not in the way
     faults = "kill-server,kill-worker,evict,duplicate,poison,oversize,proxy"
     status, report, told = await holdfast(
         *("torture", "--seed", "11", "--seconds", "6", "--rate", "300", "--faults", faults, "--data", str(tmp_path))
