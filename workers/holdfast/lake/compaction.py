@@ -39,6 +39,7 @@ from holdfast.lake.log import (
     list_versions,
 )
 from holdfast.lake.log_copies import checkpoint_is_sound, drop_copies
+from holdfast.lake.memory import give_back, moved
 from holdfast.lake.orphans import disown, orphans_of
 from holdfast.lake.quarantine import Quarantine, damaged_error
 from holdfast.lake.writer import FileWriter, WrittenFile, remove_files, require_kept
@@ -194,6 +195,8 @@ def compact(
                 bytes_before=report.bytes_before + sum(entry.size_bytes for entry in group.files),
                 bytes_after=report.bytes_after + written.size_bytes,
             )
+    if report.groups:
+        give_back()
     return report
 
 
@@ -283,7 +286,9 @@ def _read_file(path: Path) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
             for number in range(parquet.num_row_groups):
-                yield parquet.read_row_group(number)
+                content = parquet.read_row_group(number)
+                moved(content.nbytes)
+                yield content
     except (OSError, pa.ArrowException) as error:
         raise IntegrityError(f"{path} cannot be read: {error}", hint="run holdfast verify") from error
 

@@ -58,6 +58,7 @@ from holdfast.lake.index_environment import (
     stamp_key,
 )
 from holdfast.lake.log import FileEntry, Snapshot, TornCommitError, read_commit
+from holdfast.lake.memory import moved
 from holdfast.lake.quarantine import Quarantine, damaged_error
 from holdfast.lake.salvage import IDENTITY_COLUMNS, salvage_group
 from holdfast.schemas.errors import DamagedError, UnavailableError
@@ -395,7 +396,9 @@ def _identities(snapshot: Snapshot, entry: FileEntry) -> tuple[Iterator[Any], bo
 
 def _whole_file(snapshot: Snapshot, entry: FileEntry) -> Iterator[Any]:
     with pq.ParquetFile(snapshot.directory / entry.path, page_checksum_verification=entry.checksums is None) as parquet:
-        yield from parquet.iter_batches(batch_size=65_536, columns=IDENTITY_COLUMNS[snapshot.table])
+        for batch in parquet.iter_batches(batch_size=65_536, columns=IDENTITY_COLUMNS[snapshot.table]):
+            moved(batch.nbytes)
+            yield batch
 
 
 def _readable_again(snapshot: Snapshot, skipped: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from holdfast.lake.columns import to_rows
 from holdfast.lake.index_environment import IndexDamagedError
 from holdfast.lake.joints import assemble
 from holdfast.lake.manifests import check_size, decode_manifest, join, require_chunks
+from holdfast.lake.memory import moved
 from holdfast.lake.quarantine import Quarantine, damaged_error
 from holdfast.schemas.errors import DigestMismatchError, IntegrityError
 from holdfast.schemas.refs import Digest, compute_digest
@@ -327,7 +328,7 @@ class _OpenFile:
                 if checksums is not None and not self._part_is_sound(group):
                     raise FoundDamageError(self.entry, damage_of_parts(self.directory, self.entry, [group]))
                 with readable(self._path):
-                    return self._parquet.read_row_group(group, use_threads=False)
+                    content = self._parquet.read_row_group(group, use_threads=False)
             except FileNotFoundError as error:
                 raise FoundDamageError(self.entry, whole_damage(self.entry, "the file is missing")) from error
             except IntegrityError as error:
@@ -339,6 +340,8 @@ class _OpenFile:
                     ranges=(self._ranges[group],),
                 )
                 raise FoundDamageError(self.entry, damage) from error
+        moved(content.nbytes)
+        return content
 
     def _part_is_sound(self, part: int) -> bool:
         checksums = self.entry.checksums
