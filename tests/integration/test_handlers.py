@@ -784,9 +784,12 @@ async def test_beside_what_was_handed_out_often_nothing_is_taken_ahead(
     await consumer.open()
     for number in range(4):
         await hf.emit("a", number)
-    for _ in range(8):  # as if two processes had died with all of them in hand
-        [delivery] = await consumer.fetch(1)
-        await consumer.nak(delivery, 0.0)
+    for _ in range(2):  # as if two processes had died with all of them in hand
+        taken: list[Delivery] = []
+        while len(taken) < 4:
+            taken += await consumer.fetch(4 - len(taken))
+        for delivery in taken:
+            await consumer.nak(delivery, 0.0)
     await consumer.close()
 
     @handlers.on("a", name="h", concurrency=1)

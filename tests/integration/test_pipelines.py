@@ -641,7 +641,9 @@ async def test_A12_A16_A29_the_example_of_the_guide_runs_as_it_stands(
         timeout=60,
         check=False,
     )
-    assert (done.stdout, done.stderr, done.returncode) == (printed, "", 0)
+    # Development mode tells of every callback of over 0.1 s, which on a busy machine may be any.
+    told = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]
+    assert (done.stdout, told, done.returncode) == (printed, [], 0)
 
 
 # A pipeline
