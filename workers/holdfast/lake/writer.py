@@ -120,9 +120,7 @@ class FileWriter:
             (rows[0].seq, rows[-1].seq),
             (min(row.stored_at_ms for row in rows), max(row.stored_at_ms for row in rows)),
         )
-        batch = to_batch(self._table, rows)
-        self._parquet.write_batch(batch, row_group_size=ROWS_PER_GROUP)
-        moved(batch.nbytes)
+        self._parquet.write_batch(to_batch(self._table, rows), row_group_size=ROWS_PER_GROUP)
 
     def copy_group(self, batch: Any) -> None:
         """Writes an Arrow table of this schema as one row group, as it is."""
