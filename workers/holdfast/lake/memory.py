@@ -18,7 +18,7 @@ from typing import Final
 
 import pyarrow as pa
 
-KEPT_BYTES: Final = 16 * 1024 * 1024
+KEPT_BYTES: Final = 64 * 1024 * 1024
 """How much a thread may move before it gives back what is free."""
 
 
