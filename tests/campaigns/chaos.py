@@ -41,7 +41,7 @@ CAPACITY_S: Final = 10.0
 WARM_S: Final = 3.0
 
 PAST_FILES: Final = 40
-"""Of each table: some months of days that have been merged."""
+"""Of each table, over a week that is long past."""
 
 GAP_S: Final = 4.0
 """Mean time between two faults: the system is to run, not only to recover."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ ROWS = 60_000
 MIB = 1024 * 1024
 
 LOOK_UP = """
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import sys
@@ -25,7 +25,6 @@ import holdfast.lake.memory as memory
 from holdfast.lake import Lake, LakeIndex, Lookup
 from holdfast.ops.torture.rig import usage_of
 from holdfast.schemas.refs import parse_ref
-import os
 
 memory.KEPT_BYTES = int(sys.argv[2])
 with Lake.open(Path(sys.argv[1]) / "lake") as lake, LakeIndex.open(Path(sys.argv[1]) / "index") as index:
@@ -55,12 +54,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bytes_grown(lake: Path, kept_bytes: int) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK_UP, str(lake), str(kept_bytes)],
-        capture_output=True,
-        check=True,
-        env=dict(os.environ),
-    )
+    done = subprocess.run([sys.executable, "-c", LOOK_UP, str(lake), str(kept_bytes)], capture_output=True, check=True)
     return int(done.stdout)
 
 

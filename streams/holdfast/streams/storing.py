@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SUSPECT_S: Final = 2.0
-"""How long a write waits before its stream is asked why.  Longer than the restart of an embedded server takes."""
+"""How long a write waits before its stream is asked why.  An embedded server has mostly been restarted by then."""
 
 _LOOK_S: Final = 1.0
 _PONG_S: Final = 2

@@ -2,7 +2,7 @@
 
 Arrow's allocator (mimalloc) keeps freed pages with the thread that used them, and nobody else can give them back: six
 threads that had looked up a thousand contexts each left a process at 441 MiB, of which it used 110.  So whoever reads
-or copies row groups says how much (:func:`moved`), and every ``KEPT_BYTES`` its thread gives back what is free.  That
+row groups says how much (:func:`moved`), and every ``KEPT_BYTES`` its thread gives back what is free.  That
 costs the next reads their pages: one cold look-up took 2.65 ms without it, 2.7 to 2.85 with 64 MiB, 3.1 with 16; a
 thousand at once 96, 116 and 128.  Not the archiver, which uses again at once what it has freed.
 
@@ -19,7 +19,7 @@ from typing import Final
 import pyarrow as pa
 
 KEPT_BYTES: Final = 64 * 1024 * 1024
-"""How much a thread may move before it gives back what is free."""
+"""How much a thread may read before it gives back what is free."""
 
 
 class _Thread(threading.local):
@@ -31,7 +31,7 @@ _malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def moved(size_bytes: int) -> None:
-    """Notes that this thread has read or written so much by way of Arrow; gives back what is free now and then."""
+    """Notes that this thread has read so much by way of Arrow; gives back what is free now and then."""
     _thread.moved_bytes += size_bytes
     if _thread.moved_bytes >= KEPT_BYTES:
         _thread.moved_bytes = 0

@@ -31,7 +31,6 @@ from holdfast.lake.columns import (
 )
 from holdfast.lake.files import fsync_directory, make_directory
 from holdfast.lake.log import Checksums, FileEntry, Snapshot
-from holdfast.lake.memory import moved
 from holdfast.schemas.errors import FenceError, IntegrityError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import iso_from_ms, now_ms
@@ -131,7 +130,6 @@ class FileWriter:
             brought -= batch.column("created_at").null_count
         self._account(batch.num_rows, brought, (seqs[0], seqs[-1]), (min(times) // 1000, max(times) // 1000))
         self._parquet.write_table(batch, row_group_size=COMPACTED_ROWS_PER_GROUP)
-        moved(batch.nbytes)
 
     def _account(self, rows: int, contexts: int, seqs: tuple[int, int], times: tuple[int, int]) -> None:
         self._rows += rows
