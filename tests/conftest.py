@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
@@ -21,6 +22,9 @@ from holdfast.schemas import failpoints
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.topology import ensure_topology
 from tests.support import OwnServer
+
+if TYPE_CHECKING:
+    from holdfast.client.handlers import Handlers
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_QUIET)
@@ -65,6 +69,13 @@ async def hf(nats_server: str, namespace: str) -> AsyncIterator[Holdfast]:
     """A client of the test's own namespace on the shared server."""
     async with connect(nats_server, namespace=namespace, agent="tester") as client:
         yield client
+
+
+@pytest_asyncio.fixture
+async def handlers(hf: Holdfast) -> AsyncIterator[Handlers]:
+    """The handlers of that client, closed before it."""
+    yield hf.handlers
+    await hf.handlers.close(0.0)
 
 
 @pytest_asyncio.fixture

@@ -17,6 +17,7 @@ import pytest
 
 from holdfast.client import Holdfast, connect
 from holdfast.schemas.errors import (
+    ClosedError,
     ConfigurationError,
     GapError,
     InvalidNameError,
@@ -380,7 +381,7 @@ class TestLean:
             async with open_connection(nats_server) as connection:
                 asking = asyncio.ensure_future(connection.lean.request("silent"))
                 await asyncio.sleep(0)
-            with pytest.raises(UnavailableError):
+            with pytest.raises(ClosedError):
                 await asyncio.wait_for(asking, 1)
 
     async def test_a_lost_connection_ends_what_is_under_way(self, own_server: OwnServer) -> None:

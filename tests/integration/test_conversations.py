@@ -306,6 +306,23 @@ async def test_a_conversation_is_read_in_order_and_its_bodies_when_they_are_aske
         assert await reader.conversation("nobody's").messages() == []
 
 
+async def test_equal_turns_have_bodies_of_their_own(hf: Holdfast) -> None:
+    for _ in range(2):
+        await hf.emit("said", session="s", agent="one", context={"text": "ok"}, context_kind="turn")
+    whole = await hf.conversation("s").messages()
+    lazily = [message async for message in hf.conversation("s")]
+    for first, second in (whole, lazily):
+        (await first.body())["text"] = "changed"
+        (await first.context()).body["text"] = "changed too"
+        for message in (first, second):
+            assert await message.body() == {"text": "ok"}
+        assert (await second.context()).body == {"text": "ok"}
+    summary = await hf.conversation_tracker.get_agent_conversation_summary("one", include_fields=["body"])
+    told = [entry["context"]["body"] for entry in summary["contexts"]]
+    told[0]["text"] = "changed"
+    assert told[1] == {"text": "ok"}
+
+
 async def test_a_long_conversation_comes_a_page_at_a_time(hf: Holdfast) -> None:
     ref = await hf.put("x")
     await asyncio.gather(*(hf.emit("said", {"n": n}, session="long", context=ref) for n in range(1_203)))

@@ -21,8 +21,8 @@ from holdfast.streams.wire import EVENTS_STREAM
 from holdfast.workers.control import flush
 from holdfast.workers.handler_floors import stats_of_handlers
 from tests.command_line import CommandLine
+from tests.handler_support import Seen, named, settled
 from tests.integration.test_events import rows_of
-from tests.integration.test_handlers import Seen, named, settled
 from tests.running import eventually, own_server, running, settings_in
 from tests.support import LIMIT_S
 
@@ -43,12 +43,6 @@ async def server(tmp_path: Path) -> AsyncIterator[OwnServer]:
 async def hf(server: OwnServer) -> AsyncIterator[Holdfast]:
     async with connect(server.url, agent="tester") as client:
         yield client
-
-
-@pytest_asyncio.fixture
-async def handlers(hf: Holdfast) -> AsyncIterator[Handlers]:
-    yield hf.handlers
-    await hf.handlers.close(0.0)
 
 
 def still(tmp_path: Path) -> WorkerSettings:

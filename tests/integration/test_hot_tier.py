@@ -441,6 +441,7 @@ class TestRefusedInput:
             ("ctx_a_" + "a" * 32 + "\n", InvalidRefError),
             (5, InvalidRefError),
             (None, InvalidRefError),
+            ({"ref": "ctx_a_" + "a" * 32}, InvalidRefError),
         ],
     )
     async def test_what_is_no_reference_is_refused(self, hf: Holdfast, ref: str, error: type[HoldfastError]) -> None:

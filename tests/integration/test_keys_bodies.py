@@ -12,6 +12,10 @@ import msgspec
 import pytest
 
 from holdfast.client import connect
+from holdfast.client.cold import ResolverClient
+from holdfast.client.growing import GrowingBodies
+from holdfast.client.near_cache import MAX_AGE_MS, NearCache
+from holdfast.client.reading import BodyReader
 from holdfast.schemas import limits
 from holdfast.schemas.errors import (
     HoldfastError,
@@ -20,9 +24,10 @@ from holdfast.schemas.errors import (
     TooLargeError,
     UnavailableError,
 )
-from holdfast.schemas.ids import new_event_id
+from holdfast.schemas.ids import new_event_id, now_ms
 from holdfast.schemas.refs import parse_ref
 from holdfast.streams.connection import Connection, open_connection
+from holdfast.streams.hot import HotTier, NewContext
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import HOT_STREAM, hot_subject, key_subject
 from tests.key_support import keys_in, reader_of, shorten_writes, url_of, versions_of
@@ -63,6 +68,21 @@ async def test_a_conversation_stored_after_every_turn_takes_a_few_times_its_end(
                 assert (value.raw, value.ref) == (versions[number - 1].raw, versions[number - 1].ref)
                 # By its reference alone, as from anywhere else.
                 assert (await other.resolve(str(value.ref))).raw == value.raw
+
+
+async def test_a_body_is_kept_for_a_minute_whatever_the_wall_clock_says(
+    connection: Connection, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks_s, hot = 50.0, HotTier(connection)
+    reader = BodyReader(hot, ResolverClient(connection, namespace), namespace)
+    bodies = GrowingBodies(namespace, hot, reader, NearCache(), ticks_s=lambda: ticks_s)
+    (grown,) = await bodies.store_chain([NewContext(namespace=namespace, kind="k", body=b'"erased"')], None)
+    monkeypatch.setattr("holdfast.client.growing.now_ms", lambda: now_ms() - 3_600_000)
+    ticks_s += MAX_AGE_MS / 1000 - 1
+    assert bodies.known(grown.row.ref) == grown
+    ticks_s += 1
+    assert bodies.known(grown.row.ref) is None
+    await hot.close()
 
 
 async def test_a_writer_that_has_forgotten_goes_on_sharing(own_server: OwnServer) -> None:

@@ -136,6 +136,30 @@ async def test_many_writers_read_the_policies_once(hf: Holdfast, monkeypatch: py
     assert reads == 1
 
 
+async def test_a_read_that_is_under_way_does_not_undo_a_policy(hf: Holdfast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was just said to be encrypted would go out as it is for ten seconds."""
+    get, has_read, go_on = hf.keys.get, asyncio.Event(), asyncio.Event()
+
+    async def held(*arguments: Any, **options: Any) -> Any:
+        try:
+            return await get(*arguments, **options)
+        finally:
+            has_read.set()
+            await go_on.wait()
+
+    monkeypatch.setattr(hf.keys, "get", held)
+    reading = asyncio.create_task(hf.keys.policies())
+    await has_read.wait()
+    setting = asyncio.create_task(hf.keys.set_policy("secret.", KeyPolicy(encrypt=True)))
+    while await hf.keys.head(POLICIES_KEY) is None:  # noqa: ASYNC110  there is no event
+        await asyncio.sleep(0.01)
+    await asyncio.wait((setting,), timeout=0.5)  # it may end before the other one, or wait for it
+    go_on.set()
+    assert (await reading).prefixes == {}
+    await setting
+    assert (await hf.keys.policies()).policy_for("secret.x").encrypt
+
+
 # Time to live, by the server's clock.
 
 

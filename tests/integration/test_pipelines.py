@@ -112,6 +112,22 @@ async def test_A18_many_keys_in_one_query(manager: StepResultManager) -> None:
     assert await manager.registry.query_context("job-1", []) == {}
 
 
+async def test_equal_results_of_two_steps_are_objects_of_their_own(
+    manager: StepResultManager, registry: ContextRegistry
+) -> None:
+    for number, name in enumerate(("a", "b"), start=1):
+        await manager.save_step_result("job-1", number, name, {"status": "ok"}, input_snapshot={"status": "ok"})
+    found = await registry.query_context("job-1", ["a", "b"])
+    found["a"]["status"] = "changed"
+    assert found["b"] == {"status": "ok"}
+    history = await registry.get_full_history("job-1")
+    history["0"]["a"]["status"] = "changed"
+    assert history["0"]["b"] == {"status": "ok"}
+    audit = await registry.get_step_audit("job-1", "a")
+    audit.result["status"] = "changed"
+    assert audit.input_snapshot == {"status": "ok"}
+
+
 async def test_A18_a_query_costs_the_same_whatever_the_number_of_keys(manager: StepResultManager, hf: Holdfast) -> None:
     for number in range(40):
         await manager.save_step_result("job-1", number, f"step {number}", {"number": number})

@@ -12,6 +12,7 @@ from holdfast.schemas.errors import GapError, RetryError
 from holdfast.streams import pull as pull_module
 from holdfast.streams.committer import Committer
 from holdfast.streams.connection import Connection, open_connection
+from holdfast.streams.leader import message_at_leader
 from holdfast.streams.publish import Outgoing
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import ensure_topology
@@ -325,6 +326,19 @@ async def test_a_subject_like_a_reply_token_is_no_reply(own_server: OwnServer) -
         messages, _ = await reader.read(limit=100)
         assert len(messages) == 60
         await reader.close()
+
+
+async def test_the_leader_tells_the_same_headers_as_a_delivery(own_server: OwnServer) -> None:
+    """Whatever a publisher has put into the block: one message is judged alike wherever it is read."""
+    block = b"NATS/1.0\r\nHf-Kind:  padded \r\ntwo words: 1\r\nno colon\r\nn\xc3\xa4me: 2\r\nHf-Kind: last\r\n\r\n"
+    async with open_connection(own_server.url) as connection:
+        await raw_publish(own_server.url, hpub(b"ctx.n.event.a.b", block))
+        reader = StreamReader(connection, EVENTS_STREAM, 1)
+        (delivered,), _ = await reader.read(limit=1)
+        await reader.close()
+        found = await message_at_leader(connection, EVENTS_STREAM, {"seq": 1})
+        assert found is not None
+        assert dict(found.headers) == dict(delivered.headers) == {"Hf-Kind": "last"}
 
 
 async def test_large_messages_do_not_stop_a_reader(own_server: OwnServer) -> None:

@@ -45,6 +45,23 @@ def test_an_entry_lives_a_minute() -> None:
     assert len(cache) == 0
 
 
+def test_a_clock_that_is_set_back_does_not_prolong_a_life() -> None:
+    ticks_s = 50.0
+    cache = NearCache(ticks_s=lambda: ticks_s)
+    cache.add(ref("a"), row("a"), 10_000_000)
+    ticks_s += MAX_AGE_MS / 1000 - 1
+    assert cache.get(ref("a"), 10_000_000 - 3_600_000) is not None
+    ticks_s += 1
+    assert cache.get(ref("a"), 10_000_000 - 3_600_000) is None
+    assert len(cache) == 0
+
+
+def test_what_is_no_text_is_not_here() -> None:
+    cache = NearCache()
+    cache.add(ref("a"), row("a"), 0)
+    assert cache.get({"ref": ref("a")}, 0) is None
+
+
 def test_reading_does_not_prolong_a_life() -> None:
     cache = NearCache()
     cache.add(ref("a"), row("a"), 0)
@@ -122,5 +139,5 @@ def test_the_bound_holds_and_no_entry_is_stale(actions: list[tuple[str, str, int
                 assert found == kept
                 assert now_ms < since_ms + MAX_AGE_MS
                 assert found.expires_at_ms is None or now_ms < found.expires_at_ms
-        costs = [len(entry.body) + 600 for _, entry in cache._entries.values()]
+        costs = [len(entry.body) + 600 for _, _, entry in cache._entries.values()]
         assert cache._bytes == sum(costs) <= 20_000

@@ -21,7 +21,8 @@
     │   ├── DriftError            a stream on the server differs from its declaration
     │   ├── DurabilityError       the server does not sync as the durability mode promises
     │   ├── DataDirectoryError    the data directory is in use, foreign or not writable
-    │   └── EncryptionKeyError    the key that a body is encrypted with, or is to be, is not at hand
+    │   ├── EncryptionKeyError    the key that a body is encrypted with, or is to be, is not at hand
+    │   └── ClosedError           the client, or the connection, that the call was made on is closed
     └── IntegrityError        stored data is damaged or contradicts itself; nothing wrong was served
         ├── DigestMismatchError   bytes do not hash to the reference that names them
         ├── DamagedError          a file of the lake is damaged; rows of it cannot be read, everything else can
@@ -292,6 +293,16 @@ class EncryptionKeyError(ConfigurationError):
     ) -> None:
         super().__init__(message, hint=hint, field=field, limit=limit)
         self.key_id = key_id
+
+
+class ClosedError(ConfigurationError):
+    """The client, or the connection, that a call was made on is closed: make the call on a new one.
+
+    Nothing was sent, unless the call was under way when it closed: then a write may or may not have been stored.
+    """
+
+    code = "closed"
+    status = 503
 
 
 class IntegrityError(HoldfastError):

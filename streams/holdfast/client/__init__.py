@@ -29,6 +29,7 @@ from holdfast.client.session_model import SessionEvent
 from holdfast.client.session_settings import SessionSettings
 from holdfast.client.store import Holdfast, connect
 from holdfast.schemas.errors import (
+    ClosedError,
     ConfigurationError,
     ConflictError,
     DamagedError,
@@ -56,6 +57,7 @@ from holdfast.schemas.ids import EventId
 from holdfast.schemas.refs import Ref
 
 __all__ = [
+    "ClosedError",
     "ConfigurationError",
     "ConflictError",
     "Context",

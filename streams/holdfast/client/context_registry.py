@@ -47,6 +47,7 @@ from holdfast.schemas.errors import (
 from holdfast.schemas.refs import Ref, parse_ref
 
 if TYPE_CHECKING:
+    from holdfast.client.model import Context
     from holdfast.client.store import Holdfast
 
 T = TypeVar("T")
@@ -236,7 +237,7 @@ class ContextRegistry:
         if is_reference_dict(reference):
             return await self._resolve(ContextReference.from_dict(reference))
         if isinstance(reference, str) and _is_ref(reference):
-            return (await self._load([Ref(reference)]))[Ref(reference)]
+            return (await self._load([Ref(reference)]))[Ref(reference)].decode()
         return reference
 
     async def get_context(
@@ -256,10 +257,13 @@ class ContextRegistry:
     async def query_context(
         self, job_id: str, keys: Iterable[str], execution_context_id: str | int | None = None
     ) -> dict[str, Any]:
-        """Returns what many steps produced, by step; steps that are not saved are left out."""
+        """Returns what many steps produced, by step; steps that are not saved are left out.
+
+        Each is an object of its own, also of steps that produced the same.
+        """
         saved = await self._find(job_id, keys, execution_context_id)
         data = await self._load(step.record.result for step in saved.values())
-        return {name: data[step.record.result] for name, step in saved.items()}
+        return {name: data[step.record.result].decode() for name, step in saved.items()}
 
     async def resolve_missing(
         self,
@@ -298,7 +302,7 @@ class ContextRegistry:
         history: dict[str, dict[str, Any]] = {}
         for step in steps:
             outputs = history.setdefault(step.record.execution_context_id, {})
-            outputs[step.record.step_name] = data[step.record.result]
+            outputs[step.record.step_name] = data[step.record.result].decode()
         return history
 
     async def get_steps(self, job_id: str) -> list[SavedStep]:
@@ -337,7 +341,7 @@ class ContextRegistry:
             found = await self._run(lambda store: store.get(*place, version))
         record = found.record
         data = await self._load([ref for ref in (record.result, record.input) if ref is not None])
-        snapshot = await self._resolve_within(None if record.input is None else data[record.input])
+        snapshot = await self._resolve_within(None if record.input is None else data[record.input].decode())
         return StepAudit(
             job_id=record.job_id,
             root_job_id=record.root_job_id,
@@ -352,7 +356,7 @@ class ContextRegistry:
             if isinstance(snapshot, dict)
             else {},
             input_snapshot=snapshot,
-            result=data[record.result],
+            result=data[record.result].decode(),
             metadata=record.metadata,
             result_ref=record.result,
             input_ref=record.input,
@@ -381,7 +385,7 @@ class ContextRegistry:
         number = None if execution_context_id is None else check_execution_context(execution_context_id)
         return await self._run(lambda store: store.find(job_id, names, number)) if names else {}
 
-    async def _load(self, refs: Iterable[Ref]) -> dict[Ref, Any]:
+    async def _load(self, refs: Iterable[Ref]) -> dict[Ref, Context]:
         wanted = list(refs)
         return await self._run(lambda store: store.load(wanted)) if wanted else {}
 
@@ -392,7 +396,7 @@ class ContextRegistry:
         if reference.ref is None and await self._complete(reference) is None:
             raise _no_step(reference.job_id, reference.step_name, reference.execution_context_id)
         assert reference.ref is not None
-        return (await self._load([reference.ref]))[reference.ref]
+        return (await self._load([reference.ref]))[reference.ref].decode()
 
     async def _complete(self, reference: ContextReference) -> ContextReference | None:
         await self._run(lambda store: _pin(store, reference))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, cast
 
 import msgspec
@@ -65,12 +66,12 @@ class Message:
         return self._context
 
     async def body(self) -> Any:
-        """Returns the body of its context, decoded."""
-        return (await self.context()).body
+        """Returns the body of its context, decoded anew: an object of the caller's own."""
+        return (await self.context()).decode()
 
     async def role(self) -> str | None:
         """Returns who speaks: the ``role`` that the event's data, else the body, names; None when neither does."""
-        return _role_in(self.event.data) or _role_in(await self.body())
+        return _role_in(self.event.data) or _role_in((await self.context()).body)
 
     def put_context(self, context: Context) -> None:
         """Takes the context that was resolved with others; for :class:`Conversation`."""
@@ -121,7 +122,9 @@ class Conversation:
             found = (await self._hf.resolve_many([message.ref for message in batch])).found
             for message in batch:
                 if message.ref in found:
-                    message.put_context(found[message.ref])
+                    # Not one for all that said the same: a context keeps the body that it has decoded, which its
+                    # holder may change.
+                    message.put_context(copy(found[message.ref]))
                 else:
                     await message.context()  # says what is missing
         return messages
@@ -298,7 +301,7 @@ def _told(message: Message, chosen: frozenset[str] | None, bodies: Mapping[Ref, 
         told = {name: value for name, value in told.items() if name in chosen}
     if bodies is not None:
         context = bodies.get(message.ref)
-        told["body"] = None if context is None else context.body
+        told["body"] = None if context is None else context.decode()
     return told
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -64,7 +65,8 @@ class Grown(msgspec.Struct, frozen=True):
 class GrowingBodies:
     """Stores and reads the bodies of one namespace's named contexts.
 
-    ``cache_bytes`` bounds the bodies that are kept to compare the next version with; 0 keeps none.
+    ``cache_bytes`` bounds the bodies that are kept to compare the next version with; 0 keeps none.  They are kept for a
+    minute by the wall clock and by the monotonic ``ticks_s``, as in the near cache.
     """
 
     def __init__(
@@ -75,13 +77,15 @@ class GrowingBodies:
         near: NearCache,
         *,
         cache_bytes: int = CACHE_BYTES,
+        ticks_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._namespace = namespace
         self._hot = hot
         self._reader = reader
         self._near = near
         self._limit_bytes = cache_bytes
-        self._known: OrderedDict[Ref, tuple[int, Grown]] = OrderedDict()
+        self._ticks_s = ticks_s
+        self._known: OrderedDict[Ref, tuple[int, float, Grown]] = OrderedDict()
         self._places: dict[int, tuple[Ref, Digest, int, int]] = {}
         self._bytes = 0
 
@@ -172,8 +176,8 @@ class GrowingBodies:
         entry = self._known.get(ref)
         if entry is None:
             return None
-        until_ms, grown = entry
-        if now_ms() >= until_ms:
+        until_ms, until_s, grown = entry
+        if now_ms() >= until_ms or self._ticks_s() >= until_s:
             self._forget(ref)
             return None
         self._known.move_to_end(ref)
@@ -237,7 +241,7 @@ class GrowingBodies:
             return
         self._forget(row.ref)
         # What was erased is served from here for a minute at most, as from the near cache.
-        self._known[row.ref] = now_ms() + MAX_AGE_MS, grown
+        self._known[row.ref] = now_ms() + MAX_AGE_MS, self._ticks_s() + MAX_AGE_MS / 1000, grown
         self._bytes += cost
         start = 0
         for part, seq in zip(grown.shape.parts, grown.seqs, strict=False):
@@ -250,8 +254,9 @@ class GrowingBodies:
     def _forget(self, ref: Ref) -> None:
         entry = self._known.pop(ref, None)
         if entry is not None:
-            self._bytes -= entry[1].row.size + _ENTRY_BYTES
-            for seq in entry[1].seqs:
+            *_, grown = entry
+            self._bytes -= grown.row.size + _ENTRY_BYTES
+            for seq in grown.seqs:
                 if self._places.get(seq, (None,))[0] == ref:
                     del self._places[seq]
 

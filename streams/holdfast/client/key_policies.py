@@ -56,8 +56,10 @@ class PrefixPolicies:
 
         default = msgspec.to_builtins(DEFAULT_POLICIES)
         written = await self._keys.update(POLICIES_KEY, change, default=default, kind="policies")
-        policies = decode_policies(written.raw)
-        self._read = asyncio.get_running_loop().time(), policies
+        now_s, policies = asyncio.get_running_loop().time(), decode_policies(written.raw)
+        # A get that is under way may have read what was before: what it remembers must not come last.
+        async with self._reading:
+            self._read = now_s, policies
         return policies
 
     async def _stored(self) -> Policies:

@@ -29,6 +29,7 @@ from holdfast.schemas.errors import (
     NotFoundError,
     TooLargeError,
     UnavailableError,
+    UnknownOutcomeError,
     VersionConflictError,
 )
 from holdfast.schemas.ids import new_event_id
@@ -119,7 +120,7 @@ class _Change:
 
 
 class _Step(msgspec.Struct, frozen=True):
-    """A change with its draft, and the plain context that the draft is of."""
+    """A change with its draft, and the version that it makes: that lacks its reference until the body is stored."""
 
     change: _Change
     draft: Draft
@@ -246,15 +247,21 @@ class KeyWriter:
                     _fail(batch, error)
                 except Exception as error:
                     logger.exception("a key was not written", extra={"action": "key_write_failed", "key": key})
-                    _fail(batch, UnavailableError(f"the write failed unexpectedly: {error!r}"))
+                    _fail(batch, UnknownOutcomeError(f"the write failed unexpectedly: {error!r}"))
                 finally:
-                    _fail(batch, UnavailableError("the write was abandoned while closing"))
+                    _fail(
+                        batch,
+                        UnknownOutcomeError(
+                            "the write was abandoned while closing, before its acknowledgement came",
+                            hint="read the key, then decide whether to make the change again",
+                        ),
+                    )
                 if queue:
                     # One turn, so that who was just answered and comes back is in the next batch.
                     await asyncio.sleep(0)
         finally:
             del self._queues[key]
-            _fail(queue, UnavailableError("the write was abandoned while closing"))
+            _fail(queue, UnavailableError("the write was abandoned while closing, and never sent"))
 
     async def _write(self, key: str, batch: list[_Change]) -> None:
         """Gives every change of a batch its outcome."""

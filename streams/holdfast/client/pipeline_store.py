@@ -31,6 +31,7 @@ from holdfast.schemas.errors import InvalidBodyError, InvalidFieldError, NotFoun
 from holdfast.schemas.refs import Ref
 
 if TYPE_CHECKING:
+    from holdfast.client.model import Context
     from holdfast.client.step_data import EncodedBody
     from holdfast.client.store import Holdfast
 
@@ -215,7 +216,7 @@ class PipelineStore:
                 if version.ref is not None
             ]
         bodies = await self.load(ref for _, _, ref in found)
-        saved = [SavedStep(read_record(StepRecord, bodies[ref], key), version) for key, version, ref in found]
+        saved = [SavedStep(read_record(StepRecord, bodies[ref].decode(), key), version) for key, version, ref in found]
         return sorted(saved, key=lambda step: (step.record.timestamp, step.version))
 
     async def version_at(self, root_job_id: str, number: str, step_name: str, timestamp: str) -> SavedStep | None:
@@ -245,10 +246,13 @@ class PipelineStore:
                     )
         return records
 
-    async def load(self, refs: Iterable[Ref]) -> dict[Ref, Any]:
-        """Returns the data of references, decoded.  Raises NotFoundError for one that is stored nowhere."""
+    async def load(self, refs: Iterable[Ref]) -> dict[Ref, Context]:
+        """Returns the data of references; whoever hands it on decodes it for each, since equal data has one reference.
+
+        Raises NotFoundError for data that is stored nowhere.
+        """
         wanted = list(dict.fromkeys(refs))
-        loaded: dict[Ref, Any] = {}
+        loaded: dict[Ref, Context] = {}
         for start in range(0, len(wanted), _BODIES_AT_ONCE):
             resolved = await self._hf.resolve_many(wanted[start : start + _BODIES_AT_ONCE])
             if resolved.missing:
@@ -257,7 +261,7 @@ class PipelineStore:
                     field="ref",
                     hint="run 'holdfast verify'",
                 )
-            loaded |= {ref: context.body for ref, context in resolved.found.items()}
+            loaded |= resolved.found
         return loaded
 
     async def _join(self, job_id: str, root_job_id: str | None, now: datetime) -> str:

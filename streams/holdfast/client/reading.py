@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from holdfast.schemas.errors import HoldfastError
+from holdfast.schemas.errors import HoldfastError, RetryError
 from holdfast.streams.codec import decode_manifest, join, require_chunks
 
 if TYPE_CHECKING:
@@ -32,7 +32,11 @@ class StoredReader(Protocol):
 
 
 class BodyReader:
-    """Reads contexts of one namespace, hot before cold."""
+    """Reads contexts of one namespace, hot before cold.
+
+    Every method raises the hot tier's RetryError when that does not answer: what it holds is not known then, and a
+    resolver would have to ask the same server.
+    """
 
     def __init__(self, hot: HotTier, resolver: ResolverClient, namespace: str) -> None:
         self._hot = hot
@@ -50,6 +54,8 @@ class BodyReader:
         try:
             # A single direct get is one message each way; a batched one is two back.
             row = await self._hot.get_stored(self._namespace, digest)
+        except RetryError:
+            raise  # it does not answer, which is no damaged copy
         except HoldfastError as error:
             damaged[digest] = error
         else:
@@ -81,6 +87,8 @@ class BodyReader:
             try:
                 row = await self._hot.get_stored(self._namespace, digests[0])
                 hot, damaged = ({} if row is None else {digests[0]: row}), {}
+            except RetryError:
+                raise
             except HoldfastError as error:
                 hot, damaged = {}, {digests[0]: error}
         else:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -16,7 +16,7 @@ from holdfast.client.conversations import Conversation, Conversations, Conversat
 from holdfast.client.emitting import Named, event_of, is_under, minted, moment_ms, place_event
 from holdfast.client.encryption import seal_contexts
 from holdfast.client.event_reader import EventReader
-from holdfast.client.growing import GrowingBodies
+from holdfast.client.growing import GrowingBodies, row_of_context
 from holdfast.client.handlers import Handlers
 from holdfast.client.key_cold import RemoteColdKeys
 from holdfast.client.key_ring import KeyRing
@@ -34,7 +34,6 @@ from holdfast.schemas.errors import HoldfastError, InvalidRefError, NotFoundErro
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.names import check_agent, check_kind, check_namespace
 from holdfast.schemas.refs import Digest, Ref, parse_ref
-from holdfast.schemas.rows import ContextRow
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.connection_target import ConnectionTarget
 from holdfast.streams.discovery import require_connection
@@ -45,6 +44,9 @@ from holdfast.streams.retry import NOBODY_S, READ_DEADLINE_S, call_with_retry
 from holdfast.streams.server_clock import ServerClock
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import HOT_STREAM
+
+if TYPE_CHECKING:
+    from holdfast.schemas.rows import ContextRow
 
 DEFAULT_KIND: Final = "context"
 
@@ -157,7 +159,7 @@ class Holdfast(EventReader):
         # Most contexts are made outside any event, and nothing is noted of them.
         ref = (await self._hot.put(context)).ref
         now = now_ms()
-        self.cache.add(ref, _row_of(context, ref, now), now)
+        self.cache.add(ref, row_of_context(context, _digest_of(ref), now), now)
         return ref
 
     async def put_many(
@@ -359,7 +361,7 @@ class Holdfast(EventReader):
         puts = await self._hot.put_many(contexts)
         now = now_ms()
         for context, put in zip(contexts, puts, strict=True):
-            self.cache.add(put.ref, _row_of(context, put.ref, now), now)
+            self.cache.add(put.ref, row_of_context(context, _digest_of(put.ref), now), now)
         return [put.ref for put in puts]
 
     async def _resolve(self, refs: Mapping[Ref, Digest]) -> tuple[dict[Ref, Context], dict[Ref, HoldfastError]]:
@@ -419,19 +421,9 @@ class Holdfast(EventReader):
         )
 
 
-def _row_of(context: NewContext, ref: Ref, stored_at_ms: int) -> ContextRow:
-    return ContextRow(
-        namespace=context.namespace,
-        kind=context.kind,
-        digest=Digest(ref.rpartition("_")[2]),
-        content_type=context.content_type,
-        body=context.body,
-        size=len(context.body),
-        stored_at_ms=stored_at_ms,
-        epoch="",
-        seq=0,
-        expires_at_ms=context.expires_at_ms,
-    )
+def _digest_of(ref: Ref) -> Digest:
+    """The digest of a reference that was made here, and needs no check: a put would pay a microsecond for it."""
+    return Digest(ref.rpartition("_")[2])
 
 
 def _may_track(track: bool | None) -> bool:

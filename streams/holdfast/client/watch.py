@@ -29,8 +29,8 @@ class KeyWatch:
     Changes come in the order of the stream.  A change may come twice (after ``initial`` or ``from_version``, and when
     the stream began anew), none is left out but those that were superseded and trimmed while nobody looked.  What is
     no version (a foreign message) is passed over.  A cancel of ``anext``, such as a time-out, loses nothing.  Not for
-    two tasks at once, but for :meth:`close`, which ends the iteration of another.  One that is not closed listens until
-    the client is.
+    two tasks at once, but for :meth:`close`, which ends the iteration of another.  One that is not closed ends when the
+    client is.
     """
 
     def __init__(
@@ -77,7 +77,11 @@ class KeyWatch:
         return self
 
     async def __anext__(self) -> KeyVersion:
-        """Waits for the next change, for ever if need be; a server that is away is waited for."""
+        """Waits for the next change, for ever if need be; a server that is away is waited for.
+
+        The iteration stops when the watch, or the client, is closed.  One that begins on a closed client, or has not
+        given everything from before its beginning when the client closes, raises ClosedError.
+        """
         if self._is_closed:
             raise StopAsyncIteration
         follower = await self._start()
@@ -87,7 +91,11 @@ class KeyWatch:
         while not self._waiting:
             if self._is_closed:
                 raise StopAsyncIteration
-            for message in await follower.next_messages(limit=_READ):
+            messages = await follower.next_messages(limit=_READ)
+            if not messages:  # it is closed, or its connection is
+                self._is_closed = True
+                raise StopAsyncIteration
+            for message in messages:
                 try:
                     row = decode_key_version(message)
                 except RetryError:

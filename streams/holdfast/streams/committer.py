@@ -17,7 +17,7 @@ from typing import Final, cast
 import msgspec
 
 from holdfast.schemas import limits
-from holdfast.schemas.errors import HoldfastError, RetryError, UnavailableError
+from holdfast.schemas.errors import HoldfastError, RetryError, UnavailableError, UnknownOutcomeError
 from holdfast.streams.connection import ApiError, ApiFailure, Connection
 from holdfast.streams.pacing import SINGLY_UP_TO, Pace
 from holdfast.streams.publish import (
@@ -82,13 +82,17 @@ class _Call:
 
 
 class _Write:
-    """One message, the calls that wait for it, each with the place of it in the call, and its outcome once known."""
+    """One message, the calls that wait for it, each with the place of it in the call, and its outcome once known.
 
-    __slots__ = ("calls", "is_settled", "message", "size")
+    Its time runs from ``since_s``, by the loop's clock: also while it waits for its turn.
+    """
 
-    def __init__(self, message: Outgoing, size: int, call: _Call, place: int) -> None:
+    __slots__ = ("calls", "is_settled", "message", "since_s", "size")
+
+    def __init__(self, message: Outgoing, size: int, since_s: float, call: _Call, place: int) -> None:
         self.message = message
         self.size = size
+        self.since_s = since_s
         self.calls = [(call, place)]
         self.is_settled = False
 
@@ -97,13 +101,16 @@ class Committer:
     """Writes to one stream, with group commit.
 
     With a ``verifier``, messages are create-once by subject: equal subjects share one write, a taken subject is
-    looked at before its outcome is told, and messages may be stored in any order.  Without one, messages are told apart
-    by their ``Nats-Msg-Id`` and are stored in the order in which they were handed in, unless an attempt has to be
+    looked at before its outcome is told, and messages may be stored in any order.  Without one, each message itself
+    says what lets it in once at most, a ``Nats-Msg-Id`` or the sequence that it must follow, and a refusal is told as
+    the ApiError that it is.  They are stored in the order in which they were handed in, unless an attempt has to be
     repeated: of what went singly, or behind a batch that is repeated, some may then be stored before what it followed.
 
-    A write that is not acknowledged in ``deadline_s`` ends with the last RetryError, or with StorageFailedError as soon
-    as the server is known to store nothing; its outcome is unknown, and sending it again is safe.  Cancelling a caller
-    does not recall what was handed in.
+    A write that is not acknowledged within ``deadline_s`` of being handed in ends by its last attempt, one at least.
+    UnknownOutcomeError says that it may have been stored, as StorageFailedError does as soon as the server is known to
+    store nothing; sending it again is safe.  UnavailableError says that it was not: it was refused each time, or never
+    sent, its time having gone by behind writes that nobody answered.  Cancelling a caller does not recall what was
+    handed in; cancelling :meth:`close` abandons it.
     """
 
     def __init__(
@@ -135,10 +142,14 @@ class Committer:
         if not sizes:
             return []
         call = _Call(len(sizes))
+        clock = asyncio.get_running_loop().time
+        since_s = clock()
         for place, message in enumerate(messages):
-            while not self._room.is_set():
-                await self._room.wait()
-            self._enqueue(message, sizes[place], call, place)
+            if not self._room.is_set():
+                since_s = clock()  # of a long call only what has to wait here has waited
+                while not self._room.is_set():
+                    await self._room.wait()
+            self._enqueue(message, sizes[place], since_s, call, place)
         return await call.future
 
     async def close(self) -> None:
@@ -146,13 +157,13 @@ class Committer:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _enqueue(self, message: Outgoing, size: int, call: _Call, place: int) -> None:
+    def _enqueue(self, message: Outgoing, size: int, since_s: float, call: _Call, place: int) -> None:
         if self._verifier is not None:
             known = self._by_subject.get(message.subject)
             if known is not None:
                 known.calls.append((call, place))
                 return
-        write = _Write(message, size, call, place)
+        write = _Write(message, size, since_s, call, place)
         if self._verifier is not None:
             self._by_subject[message.subject] = write
         self._queue.append(write)
@@ -194,7 +205,7 @@ class Committer:
             # Its loop ends: nobody is left to send what still waits.
             self._is_starting = False
             while self._queue and not self._in_flight:
-                self._fail(self._take(), UnavailableError("the write was abandoned while closing"))
+                self._fail(self._take(), UnavailableError("the write was abandoned while closing, and never sent"))
 
     def _take(self) -> list[_Write]:
         batch: list[_Write] = []
@@ -210,20 +221,46 @@ class Committer:
         return batch
 
     async def _commit(self, batch: list[_Write]) -> None:
+        waited_s = asyncio.get_running_loop().time() - min(write.since_s for write in batch)
         try:
             await store_with_retry(
                 self._connection,
                 stream_of(batch[0].message.subject),
                 lambda: self._attempt(batch),
-                deadline_s=self._deadline_s,
+                deadline_s=self._deadline_s - waited_s,
             )
+        except UnknownOutcomeError as error:
+            self._fail(batch, error)
+            self._give_up_overdue(error)
         except HoldfastError as error:
             self._fail(batch, error)
         except Exception as error:
             logger.exception("group commit failed", extra={"action": "group_commit_failed"})
-            self._fail(batch, UnavailableError(f"the write failed unexpectedly: {error!r}"))
+            self._fail(batch, UnknownOutcomeError(f"the write failed unexpectedly: {error!r}"))
         finally:
-            self._fail(batch, UnavailableError("the write was abandoned while closing"))
+            self._fail(
+                batch,
+                UnknownOutcomeError(
+                    "the write was abandoned while closing, before its acknowledgement came",
+                    hint="the same call may be sent again",
+                ),
+            )
+
+    def _give_up_overdue(self, error: UnknownOutcomeError) -> None:
+        """Ends what has waited for all of its time behind a write that nobody answered.
+
+        An attempt for each batch of it would take as long again as an answer is waited for, one after the other.
+        """
+        until_s = asyncio.get_running_loop().time() - self._deadline_s
+        overdue = [write for write in self._queue if write.since_s <= until_s]
+        if not overdue:
+            return
+        self._queue = deque(write for write in self._queue if write.since_s > until_s)
+        self._queued_bytes -= sum(write.size for write in overdue)
+        if self._queued_bytes < QUEUED_BYTES:
+            self._room.set()
+        reason = f"the write was never sent, since those before it were not acknowledged: {error.message}"
+        self._fail(overdue, UnavailableError(reason, hint=error.hint))
 
     async def _attempt(self, batch: list[_Write]) -> None:
         """Settles what can be settled; raises a RetryError while some of it cannot."""
@@ -275,7 +312,8 @@ class Committer:
                 case Refused():
                     self._settle(write, _error_of(outcome, write.message.subject))
                 case RetryError():
-                    retry = outcome
+                    # They are tried again together: that one may have been stored outweighs that others were not.
+                    retry = retry if isinstance(retry, UnknownOutcomeError) else outcome
                 case HoldfastError():
                     self._settle(write, outcome)
                 case _:

@@ -32,8 +32,11 @@ _PING_OF_CLUSTER_S: Final = 2
 in 6 s instead of 30: well within the time that a write is tried."""
 
 _RETRY_S: Final = 0.1
+_CLOSE_S: Final = 2.0
+"""How long a server that does not answer is waited for when a connection is closed, twice at most."""
+
 _PENDING_BYTES: Final = 8 * 1024 * 1024
-"""Most bytes held for a server that is away: several batches, so that bursts do not flush one by one."""
+"""Most bytes that wait to be sent: several batches, so that bursts do not flush one by one."""
 
 
 class ApiFailure(msgspec.Struct, frozen=True):
@@ -82,6 +85,15 @@ class Connection:
         self.unknown_writes = 0
         """Attempts to store something that no acknowledgement came of; each was tried again, or told to the caller."""
         self.on_reconnect: list[Callable[[], None]] = []
+        self.on_close: list[Callable[[], None]] = []
+        """Called once, when every further call raises ClosedError."""
+
+    def close(self) -> None:
+        """Fails what is under way, and every call from now on, with ClosedError.  Harmless when called twice."""
+        self.lean.close()
+        callbacks, self.on_close = self.on_close, []
+        for callback in callbacks:
+            callback()
 
     async def api(self, subject: str, request: object = None, *, timeout_s: float = ATTEMPT_S) -> dict[str, Any]:
         """Calls the JetStream API ``$JS.API.<subject>``; returns its answer, raises ApiError when it refuses.
@@ -123,48 +135,79 @@ async def open_connection(
 ) -> AsyncGenerator[Connection]:
     """Connects to the server that ``target`` names and yields the connection; flushes and closes it at the end.
 
-    Reconnects for ever once connected.  Raises UnavailableError when no server answers within ``connect_s`` seconds,
-    ConfigurationError when it refuses the credentials.
+    Reconnects for ever once connected.  What was not sent when a connection was lost is never sent later, unasked: who
+    wrote it is told, and may write it again.  Leaving the block takes some seconds at most, whatever the server does.
+    Raises UnavailableError when no server answers within ``connect_s`` seconds, ConfigurationError when it refuses the
+    credentials.
     """
     if isinstance(target, str):
         target = ConnectionTarget(url=target, origin="the address given")
-    options = target.connect_options()
-    ping_s = _PING_S if len(options.get("servers", ())) == 1 else _PING_OF_CLUSTER_S
-    connection: Connection | None = None
-    is_closing = False
+    events = _Events()
+    client = await _connected(target, name, events, time.monotonic() + connect_s)
+    try:
+        async with Lean(client) as lean:
+            events.connection = connection = Connection(client, lean, target)
+            try:
+                yield connection
+            finally:
+                connection.close()
+    finally:
+        events.is_closing = True
+        if not client.is_closed:
+            await _close(client)
 
-    async def on_error(error: Exception) -> None:
+
+class _Events:
+    """What nats-py tells of a connection."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        self.is_closing = False
+
+    async def on_error(self, error: Exception) -> None:
         # While connecting, the last error is raised, and says more; while reconnecting, each attempt would be one.
-        is_expected = connection is None or is_closing or not connection.client.is_connected
+        is_expected = self.connection is None or self.is_closing or not self.connection.client.is_connected
         level = logging.DEBUG if is_expected else logging.WARNING
         logger.log(level, "nats error", extra={"action": "nats_error", "error": repr(error)})
 
-    async def on_disconnected() -> None:
-        if connection is None or is_closing:
+    async def on_disconnected(self) -> None:
+        if self.connection is None or self.is_closing:
             return
         logger.warning("connection to nats lost", extra={"action": "nats_disconnected"})
         # No answer can come any more to what is under way: whoever waits shall not wait for a time-out.
-        connection.lean.fail_in_flight(
+        self.connection.lean.fail_in_flight(
             UnknownOutcomeError("the connection was lost before an answer came", hint="the same call may be sent again")
         )
 
-    async def on_reconnected() -> None:
+    async def on_reconnected(self) -> None:
         logger.info("connected to nats again", extra={"action": "nats_reconnected"})
-        if connection is not None:
-            connection.reconnects += 1
-            for callback in connection.on_reconnect:
+        if self.connection is not None:
+            self.connection.reconnects += 1
+            self.connection.lean.reconnected()
+            for callback in self.connection.on_reconnect:
                 callback()
 
-    deadline = time.monotonic() + connect_s
+    async def on_closed(self) -> None:
+        if self.connection is None or self.is_closing:
+            return
+        # Such as over credentials that are no longer good: nats-py does not connect anew after that.
+        logger.error("connection to nats closed for good", extra={"action": "nats_closed"})
+        self.connection.close()
+
+
+async def _connected(target: ConnectionTarget, name: str, events: _Events, deadline: float) -> TolerantClient:
+    options = target.connect_options()
+    ping_s = _PING_S if len(options.get("servers", ())) == 1 else _PING_OF_CLUSTER_S
     while True:
         client = TolerantClient()
         try:
             await asyncio.wait_for(
                 client.connect(
                     name=name,
-                    error_cb=on_error,
-                    disconnected_cb=on_disconnected,
-                    reconnected_cb=on_reconnected,
+                    error_cb=events.on_error,
+                    disconnected_cb=events.on_disconnected,
+                    reconnected_cb=events.on_reconnected,
+                    closed_cb=events.on_closed,
                     # The first connection is ours to retry: nats-py would go on for ever, also over a refusal.
                     # So each address has two attempts of nats-py's, then the error comes to us.
                     allow_reconnect=False,
@@ -182,7 +225,7 @@ async def open_connection(
             if client.is_closed:
                 # The server went away in between, and nats-py had not yet been told to connect anew.
                 raise nats.errors.ConnectionClosedError
-            break
+            return client
         except asyncio.CancelledError:
             await client.close()
             raise
@@ -199,29 +242,30 @@ async def open_connection(
                     hint="start one with 'holdfast up', or check the URL",
                 ) from error
             await asyncio.sleep(_RETRY_S)
-    try:
-        async with Lean(client) as lean:
-            connection = Connection(client, lean, target)
-            yield connection
-    finally:
-        is_closing = True
-        if not client.is_closed:
-            await _close(client)
 
 
 async def _close(client: TolerantClient) -> None:
     """Sends what is pending, bounded in time, and closes."""
+    has_sent = False
     try:
         if client.is_connected:
-            await asyncio.wait_for(client.flush(), 2)
+            await asyncio.wait_for(client.flush(), _CLOSE_S)
+            has_sent = True
     except (TimeoutError, nats.errors.Error, OSError):
         logger.debug("flush before closing failed", exc_info=True)
     finally:
         # Also when the flush was cancelled: a client that is not closed connects anew for ever.
+        if not has_sent:
+            client.abort()
+        # A farewell that the other side does not take, as TLS has one, would be waited for.
+        cut_off = asyncio.get_running_loop().call_later(_CLOSE_S, client.abort)
         try:
             await client.close()
         except OSError:
             logger.debug("closing failed", exc_info=True)
+        finally:
+            cut_off.cancel()
+            client.abort()
 
 
 __all__ = ["ApiError", "Connection", "Msg", "open_connection"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import nats.errors
 
-from holdfast.schemas.errors import GapError, RetryError
+from holdfast.schemas.errors import ClosedError, GapError, RetryError
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import stream_info
@@ -35,7 +35,7 @@ class StreamFollower:
     """Follows the subjects of one stream.  Not safe for two readers at once.
 
     ``filter_subject`` may hold wildcards.  ``next_seq`` counts in the stream's life ``epoch``; one that began anew is
-    followed from its beginning.
+    followed from its beginning.  A follower that is not closed ends with its connection.
     """
 
     def __init__(self, connection: Connection, stream: str, filter_subject: str, next_seq: int, *, epoch: str) -> None:
@@ -52,6 +52,7 @@ class StreamFollower:
         """Begins to listen."""
         self._subscription = await self._connection.client.subscribe(self._filter, cb=self._on_message)
         self._connection.on_reconnect.append(self._something.set)
+        self._connection.on_close.append(self._connection_closed)
         # Nothing is read yet, but from now on the reader knows in which life of the stream it stands.
         reader = self._reader
         _, info = await call_with_retry(
@@ -61,7 +62,7 @@ class StreamFollower:
             await self._begin_anew()
 
     async def next_messages(self, *, limit: int) -> list[StoredMessage]:
-        """Waits for messages and returns them, at least one, in order; none once it is closed.
+        """Waits for messages and returns them, at least one, in order; none once it is closed, or its connection is.
 
         An unreachable server is waited for.
         """
@@ -72,6 +73,8 @@ class StreamFollower:
             except GapError:
                 await self._begin_anew()
                 continue
+            except ClosedError:
+                break
             except RetryError as error:
                 logger.debug("cannot follow now", extra={"action": "follow_retry", "error": str(error)})
                 await asyncio.sleep(_AGAIN_S)
@@ -87,24 +90,31 @@ class StreamFollower:
 
     async def close(self) -> None:
         """Ends the subscription and drops the consumer; who waits for messages gets none."""
-        self._is_closed = True
-        self._something.set()
-        if self._something.set in self._connection.on_reconnect:
-            self._connection.on_reconnect.remove(self._something.set)
+        self._connection_closed()
+        if self._connection_closed in self._connection.on_close:
+            self._connection.on_close.remove(self._connection_closed)
         try:
             if self._subscription is not None and not self._connection.client.is_closed:
                 await self._subscription.unsubscribe()
             await self._reader.close()
-        except (RetryError, nats.errors.Error, OSError):
+        except (RetryError, ClosedError, nats.errors.Error, OSError):
             # The server drops both by itself.
             logger.debug("closing a follower without a server", exc_info=True)
         self._subscription = None
+
+    def _connection_closed(self) -> None:
+        self._is_closed = True
+        self._something.set()
+        if self._something.set in self._connection.on_reconnect:
+            self._connection.on_reconnect.remove(self._something.set)
 
     async def _begin_anew(self) -> None:
         """The stream was created anew, or another life of it began: nothing of the old position holds."""
         try:
             await self._reader.close()
             info = await stream_info(self._connection, self._stream)
+        except ClosedError:
+            return  # the next read says so
         except (RetryError, GapError, nats.errors.Error):
             await asyncio.sleep(_AGAIN_S)
             return

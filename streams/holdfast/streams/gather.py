@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import nats.errors
 
+from holdfast.streams.arrivals import next_of
+
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
@@ -66,7 +68,7 @@ async def ask_each(
         while len(answers) < MOST:
             left_s = min(until - loop.time(), quiet_s if enough else timeout_s)
             try:
-                message = await asyncio.wait_for(queue.get(), max(0.0, left_s))
+                message = await next_of(queue, max(0.0, left_s))
             except TimeoutError:
                 break
             if not message.data:

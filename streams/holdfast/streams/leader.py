@@ -20,6 +20,7 @@ import msgspec
 from holdfast.schemas.errors import UnavailableError
 from holdfast.streams.connection import ApiError, Connection
 from holdfast.streams.messages import StoredMessage, parse_time_ms
+from holdfast.streams.tolerant_client import read_headers
 from holdfast.streams.topology import stream_info
 
 if TYPE_CHECKING:
@@ -85,22 +86,12 @@ async def _get(connection: Connection, stream: str, request: Mapping[str, object
     message = msgspec.convert(answer, _LeaderMessage, strict=False)
     return StoredMessage(
         subject=message.subject,
-        headers=_headers(message.hdrs),
+        headers=read_headers(message.hdrs) or {},
         payload=message.data,
         seq=message.seq,
         stored_at_ms=parse_time_ms(message.time),
         epoch=epoch,
     )
-
-
-def _headers(block: bytes) -> dict[str, str]:
-    """The headers of a block as it is stored: a line that names the protocol, then one for each."""
-    headers: dict[str, str] = {}
-    for line in block.split(b"\r\n")[1:]:
-        name, colon, value = line.partition(b":")
-        if colon:
-            headers[name.strip().decode("utf-8", "replace")] = value.strip().decode("utf-8", "replace")
-    return headers
 
 
 __all__ = ["last_at_leader", "message_at_leader", "require_end"]

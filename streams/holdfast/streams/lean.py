@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -17,8 +18,8 @@ from typing import Any, Final
 import nats.errors
 from nats.aio.msg import Msg
 
-from holdfast.schemas.errors import HoldfastError, UnavailableError, UnknownOutcomeError
-from holdfast.streams.retry import ATTEMPT_S, NoResponderError
+from holdfast.schemas.errors import ClosedError, HoldfastError, UnavailableError, UnknownOutcomeError
+from holdfast.streams.retry import ATTEMPT_S, NoResponderError, NotConnectedError
 from holdfast.streams.tolerant_client import TolerantClient, read_headers
 from holdfast.streams.wire import H_SEQUENCE, H_STATUS
 
@@ -33,8 +34,10 @@ _NO_RESPONDERS: Final = "503"
 class Lean:
     """Requests, acknowledged publishes and streamed replies on one connection.
 
-    Use as ``async with Lean(client) as lean``.  Leaving the block fails what is still in flight with
-    UnavailableError.  A cancelled waiter leaves nothing behind: its reply, if it comes, is dropped.
+    Use as ``async with Lean(client) as lean``.  Leaving the block fails what is still in flight with ClosedError, and
+    so does every call from then on.  While the connection is lost, nothing is kept to be sent later: what can wait for
+    it does, and everything else raises NotConnectedError.  A cancelled waiter leaves nothing behind: its reply, if it
+    comes, is dropped.
     """
 
     def __init__(self, client: TolerantClient) -> None:
@@ -46,9 +49,11 @@ class Lean:
         self._next_token = 0
         self._waiting: dict[str, tuple[asyncio.Future[Msg], float]] = {}
         self._batches: set[str] = set()
-        self._streams: dict[str, asyncio.Queue[Msg] | _Collection] = {}
+        self._streams: dict[str, _Replies | _Collection] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._subscription: Any = None
+        self._is_closed = False
+        self._back: asyncio.Future[None] | None = None
 
     @property
     def inbox_id(self) -> str:
@@ -65,19 +70,37 @@ class Lean:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
-        self.fail_in_flight(UnavailableError("the connection is closing"))
         if not self._client.is_closed:
             await self._subscription.unsubscribe()
 
+    def close(self) -> None:
+        """Fails what is in flight, and every call from now on, with ClosedError.  Harmless when called twice."""
+        # First: what fails may be tried again at once, and nobody would sweep or listen for it any more.
+        self._is_closed = True
+        self.fail_in_flight(_closed())
+        self.reconnected()
+
     def fail_in_flight(self, error: HoldfastError) -> None:
-        """Ends every request under way with ``error``; an answer that still comes is dropped."""
+        """Ends every request under way with ``error``; an answer that still comes is dropped.
+
+        What has come of a streamed answer is read before the error.
+        """
         waiting, self._waiting = self._waiting, {}
         self._batches.clear()
         for future, _ in waiting.values():
             _fail(future, error)
+        for replies in self._streams.values():
+            replies.fail(error)
+
+    def reconnected(self) -> None:
+        """Wakes who waits for the connection; to be called when it stands again."""
+        back, self._back = self._back, None
+        if back is not None and not back.done():
+            back.set_result(None)
 
     async def send(
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None, *, timeout_s: float = ATTEMPT_S
@@ -85,7 +108,8 @@ class Lean:
         """Publishes a request and returns the future of its reply.
 
         The future ends with the reply whatever it says, or with UnknownOutcomeError after ``timeout_s`` (ATTEMPT_S by
-        default), or with NoResponderError when nobody listens on ``subject``.
+        default) or when the connection is lost, or with NoResponderError when nobody listens on ``subject``.  Raises
+        NotConnectedError, with nothing sent, while there is no connection.
         """
         token = self.new_token()
         future = self.expect(token, timeout_s=timeout_s)
@@ -101,8 +125,32 @@ class Lean:
     async def request(
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None, *, timeout_s: float = ATTEMPT_S
     ) -> Msg:
-        """Publishes a request and awaits its reply; errors as of :meth:`send`."""
-        return await (await self.send(subject, payload, headers, timeout_s=timeout_s))
+        """Publishes a request and awaits its reply; errors as of :meth:`send`.
+
+        A lost connection is waited for first, for as long as the reply may take: a caller that tries only once outlives
+        a restart of the server by that.
+        """
+        try:
+            future = await self.send(subject, payload, headers, timeout_s=timeout_s)
+        except NotConnectedError as error:
+            future = await self._send_when_back(error, subject, payload, headers, timeout_s)
+        return await future
+
+    async def _send_when_back(
+        self, error: NotConnectedError, subject: str, payload: bytes, headers: dict[str, str] | None, timeout_s: float
+    ) -> asyncio.Future[Msg]:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        while True:
+            # Shared by all who wait for the connection: neither a time-out nor a cancel of one may end it.
+            await asyncio.wait((error.back,), timeout=until - loop.time())
+            left_s = until - loop.time()
+            if left_s <= 0:
+                raise error
+            try:
+                return await self.send(subject, payload, headers, timeout_s=left_s)
+            except NotConnectedError as again:
+                error = again
 
     def new_token(self) -> str:
         """Returns a reply token that this connection has not used before."""
@@ -114,6 +162,8 @@ class Lean:
 
         ``is_batch``: an empty reply only says that an atomic batch was begun, and is passed over.
         """
+        if self._is_closed:
+            raise _closed()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Msg] = loop.create_future()
         self._waiting[token] = (future, loop.time() + timeout_s)
@@ -130,11 +180,18 @@ class Lean:
         reply_token: str | None = None,
         reply: str = "",
     ) -> None:
-        """Hands a message to the connection; with ``reply_token`` answers come back under that token."""
+        """Hands a message to the connection; with ``reply_token`` answers come back under that token.
+
+        Raises NotConnectedError, with nothing sent, while there is no connection.
+        """
+        if self._is_closed:
+            raise _closed()
         if reply_token:
             reply = f"{self._prefix}{reply_token}"
         if self._client.publish_now(subject, payload, reply, headers):
             return
+        if not self._client.is_connected:
+            raise self._not_connected()
         try:
             await self._client.publish(subject, payload, reply=reply, headers=headers)
         except (nats.errors.Error, OSError) as error:
@@ -142,14 +199,25 @@ class Lean:
                 f"cannot send to the NATS server: {type(error).__name__}", hint="check that the server runs"
             ) from error
 
+    def _not_connected(self) -> HoldfastError:
+        if self._client.is_closed:
+            return _closed()
+        if self._back is None:
+            self._back = asyncio.get_running_loop().create_future()
+        return NotConnectedError(
+            "there is no connection to the NATS server", hint="check that the server runs", back=self._back
+        )
+
     @asynccontextmanager
     async def stream(
         self, subject: str, payload: bytes = b"", headers: dict[str, str] | None = None
     ) -> AsyncGenerator[asyncio.Queue[Msg]]:
-        """Publishes a request that is answered by many messages; yields the queue on which they arrive."""
+        """Publishes a request that is answered by many messages; yields the queue on which they arrive.
+
+        When the connection is lost, what has arrived is followed by UnknownOutcomeError, raised by the queue itself.
+        """
         token = self.new_token()
-        queue: asyncio.Queue[Msg] = asyncio.Queue()  # bounded by what the request asks for
-        self._streams[token] = queue
+        queue = self._streams[token] = _Replies()
         try:
             await self.publish(subject, payload, headers, reply_token=token)
             yield queue
@@ -169,7 +237,8 @@ class Lean:
         self, subject: str, payload: bytes, is_last: Callable[[Msg], bool], *, silence_s: float = ATTEMPT_S
     ) -> list[Msg]:
         """Publishes a request that is answered by many messages and returns them, up to the first for which ``is_last``
-        says so; raises TimeoutError when none came for ``silence_s`` seconds or a little more."""
+        says so; raises TimeoutError when none came for ``silence_s`` seconds or a little more, UnknownOutcomeError when
+        the connection is lost."""
         token = self.new_token()
         collection = self._streams[token] = _Collection(is_last)
         seen = -1
@@ -179,6 +248,7 @@ class Lean:
                 seen = len(collection.messages)
                 await asyncio.wait((collection.done,), timeout=silence_s)
                 if collection.done.done():
+                    collection.done.result()
                     return collection.messages
             raise TimeoutError
         finally:
@@ -222,6 +292,23 @@ class Lean:
                     _fail(future, UnknownOutcomeError("no answer came in time", hint="the same call may be sent again"))
 
 
+class _Replies(asyncio.Queue[Msg]):
+    """The messages that answer one request, as they come; bounded by what the request asks for."""
+
+    _queue: deque[Msg | HoldfastError]
+
+    def fail(self, error: HoldfastError) -> None:
+        """Has ``error`` raised to whoever asks for more than what has come."""
+        self.put_nowait(error)  # type: ignore[arg-type]  # never handed out
+
+    def _get(self) -> Msg:
+        item = self._queue.popleft()
+        if isinstance(item, HoldfastError):
+            self._queue.appendleft(item)
+            raise item
+        return item
+
+
 class _Collection:
     """The messages that answer one request."""
 
@@ -237,8 +324,16 @@ class _Collection:
         if self._is_last(message):
             self.done.set_result(None)
 
+    def fail(self, error: HoldfastError) -> None:
+        """Ends the collection with ``error``, unless it is complete."""
+        _fail(self.done, error)
 
-def _fail(future: asyncio.Future[Msg], error: HoldfastError) -> None:
+
+def _closed() -> ClosedError:
+    return ClosedError("the connection to the NATS server is closed", hint="make the call on a new client")
+
+
+def _fail(future: asyncio.Future[Any], error: HoldfastError) -> None:
     if not future.done():
         future.set_exception(error)
         future.exception()  # the waiter may be gone: mark as retrieved

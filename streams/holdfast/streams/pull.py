@@ -16,6 +16,7 @@ from holdfast.schemas import limits
 from holdfast.schemas.errors import GapError, UnavailableError
 from holdfast.streams.arrivals import Frame, FrameQueue
 from holdfast.streams.connection import ApiError, Connection, Msg
+from holdfast.streams.consumer import next_seq
 from holdfast.streams.header_block import HeaderBlock, size_of
 from holdfast.streams.leader import message_at_leader
 from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery, parse_time_ms
@@ -38,7 +39,6 @@ _AT_ONCE: Final = 250
 
 _INACTIVE_NS: Final = 60 * 1_000_000_000
 _CONSUMER_GONE: Final = 10014
-_NO_MESSAGE: Final = 10037
 _MAX_BYTES_DEFAULT: Final = 64 * limits.MIB
 
 
@@ -146,26 +146,16 @@ class StreamReader:
                 await subscription.unsubscribe()
             await self._drop_consumer()
 
-    async def _first_from(self, seq: int) -> int | None:
-        """The sequence of the first message at or after ``seq``, or None when there is none."""
-        try:
-            answer = await self._connection.api(
-                f"STREAM.MSG.GET.{self._stream}", {"seq": seq, "next_by_subj": self._filter}
-            )
-        except ApiError as error:
-            if error.err_code != _NO_MESSAGE:
-                raise
-            return None
-        return int(answer["message"]["seq"])
-
     async def _pull_or_confirm(self, count: int) -> list[StoredMessage]:
         """As :meth:`_pull`, but nothing is returned only when the stream itself says that nothing is there."""
         messages = await self._pull(count)
-        if not messages and await self._first_from(self.next_seq) == self.next_seq:
+        if messages:
+            return messages
+        if await next_seq(self._connection, self._stream, self.next_seq, self._filter) == self.next_seq:
             # A consumer on a replica that has not caught up yet.
             await self._drop_consumer()
             raise UnavailableError(f"stream {self._stream} does not deliver sequence {self.next_seq}")
-        return messages
+        return []
 
     async def _pull(self, count: int) -> list[StoredMessage]:
         """Asks once; returns what came, in order, possibly nothing when the consumer is at its end."""

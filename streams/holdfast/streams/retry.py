@@ -17,7 +17,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from holdfast.schemas.errors import RetryError, UnavailableError
+from holdfast.schemas.errors import RetryError, UnavailableError, UnknownOutcomeError
 
 T = TypeVar("T")
 
@@ -40,9 +40,24 @@ class NoResponderError(UnavailableError):
     """Nobody listens on the subject of a request."""
 
 
+class NotConnectedError(UnavailableError):
+    """There is no connection to the server just now, so that nothing was sent.
+
+    ``back`` is done once the connection stands again, or is closed: then the call is worth trying.
+    """
+
+    def __init__(self, message: str, *, back: asyncio.Future[None], hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.back = back
+
+
 async def call_with_retry(call: Callable[[], Awaitable[T]], *, deadline_s: float, nobody_s: float | None = None) -> T:
     """Awaits ``call()``; on a RetryError tries again with jittered backoff until ``deadline_s`` seconds have gone by,
     then raises the last error.  ``call`` must be idempotent.
+
+    While there is no connection it is waited for, and the call made as soon as it is back.  When there is none at the
+    deadline, and an earlier attempt may have been stored, the error is UnknownOutcomeError: the last attempt alone is
+    known not to have been sent.
 
     ``nobody_s`` is a shorter deadline for NoResponderError, which comes at once: for a service it means that none
     runs; of a stream it may only mean that it has no leader just now.
@@ -52,6 +67,8 @@ async def call_with_retry(call: Callable[[], Awaitable[T]], *, deadline_s: float
     try:
         return await call()
     except RetryError as first_error:
+        unknown = first_error if isinstance(first_error, UnknownOutcomeError) else None
+        back: asyncio.Future[None] | None = None
 
         def left_s(error: BaseException | None) -> float:
             is_nobody = nobody_s is not None and isinstance(error, NoResponderError)
@@ -61,19 +78,45 @@ async def call_with_retry(call: Callable[[], Awaitable[T]], *, deadline_s: float
         if left_s(first_error) <= 0:
             raise
         backoff = wait_random_exponential(multiplier=0.05, max=2.0)
+
+        def wait_s(state: RetryCallState) -> float:
+            nonlocal back
+            error = _error(state)
+            back = error.back if isinstance(error, NotConnectedError) else None
+            # The last attempt is made at the deadline, not at some time after it.
+            left = left_s(error)
+            return max(0.0, left if back is not None else min(backoff(state), left))
+
+        async def pause(delay_s: float) -> None:
+            if back is None:
+                await asyncio.sleep(delay_s)
+            else:
+                # Shared by all who wait for the connection: neither a time-out nor a cancel of one may end it.
+                await asyncio.wait((back,), timeout=delay_s)
+
         policy = AsyncRetrying(
             retry=retry_if_exception_type(RetryError),
             stop=lambda state: left_s(_error(state)) <= 0,
-            # The last attempt is made at the deadline, not at some time after it.
-            wait=lambda state: max(0.0, min(backoff(state), left_s(_error(state)))),
+            wait=wait_s,
+            sleep=pause,
             reraise=True,
         )
 
         # tenacity awaits only what is a coroutine function itself; of a lambda it would return the coroutine.
         async def attempt() -> T:
-            return await call()
+            nonlocal unknown
+            try:
+                return await call()
+            except UnknownOutcomeError as error:
+                unknown = error
+                raise
 
-        return await policy(attempt)
+        try:
+            return await policy(attempt)
+        except NotConnectedError as error:
+            if unknown is None:
+                raise
+            raise unknown from error
 
 
 def _error(state: RetryCallState) -> BaseException | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import nats.errors
 
-from holdfast.schemas.errors import HoldfastError, StorageFailedError, UnknownOutcomeError
+from holdfast.schemas.errors import HoldfastError, StorageFailedError, UnavailableError, UnknownOutcomeError
 from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
 from holdfast.streams.wire import (
     DEAD_STREAM,
@@ -43,7 +43,8 @@ async def store_with_retry(
 ) -> T:
     """As :func:`holdfast.streams.retry.call_with_retry`, for a ``call`` that stores something in ``stream``.
 
-    Raises StorageFailedError, naming the cause, as soon as the server is known to store nothing there.
+    Raises StorageFailedError, naming the cause, as soon as the server is known to store nothing there.  Once the
+    outcome of one attempt was unknown, so is that of all: UnavailableError says that nothing was stored.
     """
     if stream in connection.refusing:
         error = await _look(connection, stream)
@@ -53,6 +54,16 @@ async def store_with_retry(
     found: list[WriteError] = []
     loop = asyncio.get_running_loop()
     looking: list[asyncio.Task[None]] = []
+    is_unknown = False
+
+    async def attempt() -> T:
+        nonlocal is_unknown
+        try:
+            return await call()
+        except UnknownOutcomeError:
+            is_unknown = True
+            raise
+
     try:
         async with asyncio.timeout(None) as scope:
 
@@ -68,7 +79,7 @@ async def store_with_retry(
             # A timer, not a task: the happy path pays a microsecond for it.
             suspicion = loop.call_later(SUSPECT_S, lambda: looking.append(loop.create_task(look())))
             try:
-                return await call_with_retry(call, deadline_s=deadline_s)
+                return await call_with_retry(attempt, deadline_s=deadline_s)
             finally:
                 suspicion.cancel()
                 for task in looking:
@@ -77,6 +88,13 @@ async def store_with_retry(
         if await _hangs(connection, stream):
             raise storage_failed(WriteError(stream=stream, cause="JetStream does not answer")) from error
         raise
+    except UnavailableError as error:
+        if not is_unknown:
+            raise
+        raise UnknownOutcomeError(
+            f"an attempt was not acknowledged, and in the end {error.message}",
+            hint="the same call may be sent again",
+        ) from error
     except TimeoutError as error:
         if not found:
             raise

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from holdfast.schemas.errors import ConfigurationError, GapError, IntegrityError, UnavailableError
+from holdfast.streams.arrivals import next_of
 from holdfast.streams.connection import ApiError
 from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import (
@@ -140,7 +141,7 @@ async def _receive_chunks(connection: Connection, name: str, queue: asyncio.Queu
     received = 0
     while True:
         try:
-            message = await asyncio.wait_for(queue.get(), _CHUNK_S)
+            message = await next_of(queue, _CHUNK_S)
         except TimeoutError:
             raise UnavailableError(
                 f"the image of stream {name} stopped in the middle", hint="see the server's log, then try again"

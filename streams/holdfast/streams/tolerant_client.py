@@ -18,6 +18,7 @@ from nats import errors
 from nats.aio.client import Client
 from nats.protocol.parser import AUTHORIZATION_VIOLATION, PERMISSIONS_ERR
 
+from holdfast.schemas.errors import UnavailableError
 from holdfast.streams.frame_parser import FrameParser
 from holdfast.streams.wire import H_STATUS
 
@@ -29,6 +30,13 @@ logger = logging.getLogger(__name__)
 
 Sink = Callable[[bytes, bytes, bytes, "bytes | None"], bool]
 """Takes a message at once, or leaves it to the subscription's callback; see :meth:`TolerantClient.divert`."""
+
+
+class AwayError(UnavailableError, errors.ConnectionReconnectingError):
+    """There is no connection just now, so that nothing was sent.
+
+    Also an error of nats-py's, for what knows no others: whoever answers a request there does.
+    """
 
 
 class TolerantClient(Client):
@@ -110,16 +118,37 @@ class TolerantClient(Client):
     async def publish(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        """Publishes a message, as nats-py does."""
+        """Publishes a message, as nats-py does, but for that nothing is kept for the next connection.
+
+        Raises AwayError, with nothing sent, while there is none.
+        """
         if not self.publish_now(subject, payload, reply, headers):
+            if not self.is_connected and not self.is_closed:
+                raise AwayError("there is no connection to the NATS server", hint="check that the server runs")
             await super().publish(subject, payload, reply, headers)
 
     async def flush(self, timeout: int = 10) -> None:  # noqa: ASYNC109  the signature is nats-py's
         """Returns once the server has seen everything that was published and subscribed before the call."""
         # nats-py writes its PING at once, past the commands that still wait for its flusher: the answer would say
         # nothing about them.
-        await self._flush_pending(force_flush=True)
+        flusher = cast("asyncio.Task[None] | None", self._flusher_task)
+        if self.is_connected and self._flush_queue is not None and flusher is not None and not flusher.done():
+            # Not by ``_flush_pending``, which takes a cancel for its end and goes on.
+            flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._flush_queue.put(flushed)
+                    await flushed
+            except TimeoutError as error:
+                raise errors.FlushTimeoutError from error
         await super().flush(timeout)
+
+    def abort(self) -> None:
+        """Cuts the connection off at once; what has not been sent is dropped."""
+        self._forget_pending()
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
 
     # A cancel that meets a reconnect just as its attempt ends is lost in ``asyncio.wait_for`` up to Python 3.11, and
     # nats-py looks at nothing else: the closed client would go on for ever, and become connected again.
@@ -130,6 +159,7 @@ class TolerantClient(Client):
         # connection to the garbage collector, an open file each time.
         transport: Any = self._transport
         if transport is not None:
+            self.abort()
             transport.close()
         await super()._connect_to_server(s)
 
@@ -139,6 +169,9 @@ class TolerantClient(Client):
         self._ps.reset()
         await super()._process_connect_init()
         self._require_open()
+        # Written to no connection so far, and meant for none but the one before.  Subscriptions are made anew from
+        # nats-py's list of them, right after this.
+        self._forget_pending()
         writer = getattr(self._transport, "_io_writer", None)
         if writer is not None:
             # uvloop holds back what is less than this until all that is ready to run has run.
@@ -149,8 +182,13 @@ class TolerantClient(Client):
             self._status = Client.CLOSED
             transport: Any = self._transport
             if transport is not None:
+                self.abort()
                 transport.close()
             raise asyncio.CancelledError
+
+    def _forget_pending(self) -> None:
+        self._pending = []
+        self._pending_data_size = 0
 
     async def _process_err(self, err_msg: str) -> None:
         # Whoever was connected and is sent away, since there are too many for instance, comes back later: nats-py would
@@ -162,6 +200,10 @@ class TolerantClient(Client):
             await super()._process_err(err_msg)
 
     async def _attempt_reconnect(self) -> None:
+        # Before it looks for another server, nats-py closes the connection and waits until what was written to it has
+        # been taken: by a server that has stopped, or is cut off, never.  And what was not written yet it would send on
+        # the next connection, when whoever published it has long been told that it failed.
+        self.abort()
         try:
             await super()._attempt_reconnect()
         except asyncio.InvalidStateError:
@@ -172,8 +214,7 @@ class TolerantClient(Client):
         self._has_ended = status == Client.CLOSED
         if not self.is_connected:
             # nats-py would write what is pending to a connection that is gone, and stop half-way over the error.
-            self._pending = []
-            self._pending_data_size = 0
+            self._forget_pending()
         await super()._close(status, do_cbs)
 
     async def _process_pong(self) -> None:
