@@ -88,7 +88,7 @@ def make_past(directory: Path, rows: int) -> None:
     """Writes a lake with so many rows in each table, of streams that are no more."""
     with Lake.open(directory, create=True) as lake:
         tables: tuple[tuple[Table, Group], ...] = (
-            ("contexts", ContextRows(seed=1, keep_every=rows)),
+            ("contexts", ContextRows(seed=1)),
             ("events", event_rows),
             ("key_versions", version_rows),
         )

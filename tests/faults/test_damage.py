@@ -9,14 +9,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
-from holdfast.lake import Lake, LakeIndex, Lookup, compact, connect, verify_lake
+from holdfast.lake import Lake, LakeIndex, Lookup, compact, connect, healing, verify_lake
 from holdfast.lake.commit import write_checkpoint
 from holdfast.lake.copies import Copies
+from holdfast.lake.healing import heal_file
 from holdfast.lake.log import checkpoint_path, commit_path
 from holdfast.lake.scrub import Scrub, scrub_progress
 from holdfast.schemas.errors import DamagedError, IntegrityError, UnavailableError
@@ -26,7 +29,11 @@ from holdfast.workers.scrubber import Scrubber
 from holdfast.workers.stream_marks import StreamMarks
 from tests.running import Acknowledged, eventually, running, settings_in
 from tests.support import OwnServer
-from tests.test_lake_samples import EPOCH, context, contexts, events, key_versions
+from tests.test_lake_samples import EPOCH, T0_MS, chunked, context, contexts, events, key_versions, touch
+
+if TYPE_CHECKING:
+    from holdfast.lake.log import FileEntry
+    from holdfast.schemas.rows import ContextRow
 
 pytestmark = pytest.mark.faults
 
@@ -226,6 +233,83 @@ async def test_a_damaged_file_is_healed_from_the_stream(tmp_path: Path) -> None:
         await asyncio.to_thread(stored.check_by_sql, settings.lake, None)
     finally:
         await server.stop()
+
+
+def damage_footer(lake: Lake, entry: FileEntry) -> None:
+    """Flips a bit in a file's footer: nothing of it can be believed."""
+    flip(lake.path / "contexts" / entry.path, entry.size_bytes - 20)
+
+
+def stored_again(lake: Lake) -> tuple[list[ContextRow], bytes]:
+    """Stores a body in two chunks, then one of these and a small context again; returns the rows as the stream has
+    them, and the body.  Each storing is a file."""
+    body = b"a" * 3_000 + b"b" * 3_000
+    first = [*chunked(1, body, 3_000), context(4)]
+    again = [msgspec.structs.replace(row, seq=row.seq + 4, stored_at_ms=T0_MS + row.seq + 4) for row in first]
+    lake.append("contexts", first, epoch=EPOCH, first_seq=1, last_seq=4)
+    stored = [touch(row, row.seq) for row in (again[0], again[3])]
+    lake.append("contexts", [*stored, context(9)], epoch=EPOCH, first_seq=5, last_seq=9)
+    return [*first, again[0], again[3], context(9)], body
+
+
+def forms_in(lake: Lake) -> dict[int, str]:
+    with connect(lake.path) as sql:
+        return dict(sql.execute("SELECT stream_seq, form FROM contexts_stored").fetchall())
+
+
+def heal(lake: Lake, entry: FileEntry, rows: Sequence[ContextRow]) -> bool:
+    """Heals a damaged file from what its stream holds of it, once the scrub has found it."""
+    damage = Scrub(lake).check(lake.table("contexts"), entry)
+    assert damage is not None
+    within = [row for row in rows if entry.min_seq <= row.seq <= entry.max_seq]
+    return heal_file(lake.table("contexts"), entry, damage, within)
+
+
+@pytest.fixture
+def empty_lake(tmp_path: Path) -> Lake:
+    return Lake.open(tmp_path / "lake", create=True)
+
+
+def test_a_body_that_was_stored_again_is_in_the_lake_once_after_healing(empty_lake: Lake) -> None:
+    """Where the footer is damaged nothing tells which rows held bodies; a chunk twice would be read twice."""
+    rows, body = stored_again(empty_lake)
+    forms = forms_in(empty_lake)
+    for entry in empty_lake.files("contexts"):
+        damage_footer(empty_lake, entry)
+        assert heal(empty_lake, entry, rows)
+        assert forms_in(empty_lake) == forms
+    with connect(empty_lake.path) as sql:
+        assert sql.execute("SELECT body_bytes FROM contexts ORDER BY stream_seq").fetchall()[0] == (body,)
+    assert verify_lake(empty_lake.path, deep=True).ok
+
+
+def test_of_two_damaged_files_the_earlier_is_healed_before_the_later(empty_lake: Lake) -> None:
+    """Whether the later one has bodies or touches of them, the earlier one tells."""
+    rows, _ = stored_again(empty_lake)
+    forms = forms_in(empty_lake)
+    earlier, later = sorted(empty_lake.files("contexts"), key=lambda entry: entry.min_seq)
+    damage_footer(empty_lake, earlier)
+    damage_footer(empty_lake, later)
+    Scrub(empty_lake).check(empty_lake.table("contexts"), earlier)
+    assert not heal(empty_lake, later, rows)
+    assert heal(empty_lake, earlier, rows)
+    assert heal(empty_lake, later, rows)
+    assert forms_in(empty_lake) == forms
+
+
+def test_a_row_group_that_tells_nothing_is_healed_with_each_body_once(
+    empty_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "salvage_group", lambda *_: None)
+    rows, body = stored_again(empty_lake)
+    forms = forms_in(empty_lake)
+    for entry in empty_lake.files("contexts"):
+        assert entry.checksums is not None
+        flip(empty_lake.path / "contexts" / entry.path, entry.checksums.parts[0][0] // 2)
+        assert heal(empty_lake, entry, rows)
+        assert forms_in(empty_lake) == forms
+    with connect(empty_lake.path) as sql:
+        assert sql.execute("SELECT body_bytes FROM contexts ORDER BY stream_seq").fetchall()[0] == (body,)
 
 
 @pytest.mark.parametrize("ending", ["killed", "stopped"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,16 @@ import pytest
 import pytest_asyncio
 
 from holdfast.client import connect
-from holdfast.lake import Lake
+from holdfast.lake import Lake, vacuum
+from holdfast.lake.commit import Change, write_checkpoint
+from holdfast.lake.log import Snapshot, list_checkpoints
 from holdfast.ops.backup_restore import restore_backup
 from holdfast.ops.verify import verify
+from holdfast.schemas import failpoints
 from holdfast.schemas.errors import DataDirectoryError, IntegrityError, NotFoundError
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.publish import Outgoing, publish
+from holdfast.streams.stream_images import image_names
 from holdfast.streams.topology import stream_info
 from holdfast.workers.backup.listing import backup_age_s, list_backups
 from holdfast.workers.backup.making import make_backup
@@ -62,6 +67,31 @@ async def source(tmp_path: Path) -> AsyncIterator[Source]:
         system = Source(server, folder, connection)
         await system.grow()
         yield system
+
+
+async def test_the_log_may_be_cleaned_while_the_files_of_the_lake_are_copied(source: Source, tmp_path: Path) -> None:
+    """A large lake takes hours to copy; the checkpoint that its version was read from stays for one."""
+    table = Lake.open(source.lake).table("events")
+    write_checkpoint(table.snapshot)
+    cut_from = list_checkpoints(table.directory)
+
+    def clean(_: str) -> None:
+        for number in (1, 2):
+            change = Change(action="vacuum", app_id="test", version=number, expected=number - 1 or None)
+            table.commit(partial(_unchanged, change))
+            write_checkpoint(table.refresh())
+        vacuum(Lake.open(source.lake), log_older_than_s=-60)
+
+    failpoints.arm("backup.after_stream", clean, hit=len(image_names()))
+    await make_backup(source.connection, source.lake, tmp_path / "backups")
+    assert not {*cut_from} & {*list_checkpoints(table.directory)}
+    report = await restore_backup(tmp_path / "backups", tmp_path / "restored")
+    assert report.violations == []
+    assert report.archived > 0
+
+
+def _unchanged(change: Change, _: Snapshot) -> Change:
+    return change
 
 
 async def test_E79_what_was_acknowledged_before_a_backup_is_restored_exactly_once(

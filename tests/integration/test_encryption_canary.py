@@ -253,7 +253,7 @@ async def test_E32_the_near_cache_holds_the_envelope_and_never_the_body(nats_ser
         ref = await hf.put({"secret": "canary"}, kind="note", encrypt=True)
         context = await hf.resolve(ref)
         assert (context.tier, context.kind, context.body) == ("cache", "note", {"secret": "canary"})
-        held = [row.body for _, row in hf.cache._entries.values()]
+        held = [row.body for *_, row in hf.cache._entries.values()]
         assert held == [context.stored[0]]
         assert b"canary" not in held[0]
         again = await hf.resolve(ref)

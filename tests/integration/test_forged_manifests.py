@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
@@ -14,14 +15,16 @@ import pytest_asyncio
 from holdfast.client import connect
 from holdfast.lake import Lake, verify_lake
 from holdfast.lake import connect as connect_lake
+from holdfast.lake.scrub import Scrub
 from holdfast.schemas.bodies import BINARY
-from holdfast.schemas.refs import Digest, compute_digest
+from holdfast.schemas.errors import DamagedError, UnavailableError
+from holdfast.schemas.refs import Digest, Ref, compute_digest
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.hot import HotTier, NewContext
 from holdfast.streams.publish import Outgoing, publish
 from holdfast.streams.wire import hot_subject
 from holdfast.workers import manifest_check
-from holdfast.workers.control import evict, flush
+from holdfast.workers.control import archiver_status, evict, flush
 from tests.running import dead_letters, own_server, running, settings_in, target_of
 
 if TYPE_CHECKING:
@@ -193,3 +196,74 @@ async def test_forged_manifests_are_dead_letters_and_hide_no_true_context(system
     await flush(system)
     assert {body for body, _ in wrong} < set(bodies_in(tmp_path / "lake"))
     assert verify_lake(tmp_path / "lake").violations == []
+
+
+async def archived_and_damaged(server: OwnServer, data: Path) -> tuple[Digest, bytes, Path, bytes]:
+    """A chunk that has left the hot tier, and whose row group in the lake has a flipped bit: digest and body of the
+    chunk, path and sound content of the file."""
+    part = random.Random(7).randbytes(2_000).hex().encode()
+    async with (
+        running(server.url, settings_in(data), ["archiver"]),
+        open_connection(target_of(server.url)) as connection,
+    ):
+        chunk = await put_chunk(connection, part)
+        await flush(connection)
+        await evict(connection, 0.0)
+    lake = Lake.open(data / "lake")
+    [entry] = lake.files("contexts")
+    path = lake.table("contexts").directory / entry.path
+    stat, sound = path.stat(), path.read_bytes()
+    assert entry.checksums is not None
+    path.write_bytes(flipped(sound, entry.checksums.parts[0][0] // 2))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return chunk, part, path, sound
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :]
+
+
+async def test_a_manifest_over_a_damaged_chunk_waits_until_that_is_healed(server: OwnServer, tmp_path: Path) -> None:
+    chunk, part, path, sound = await archived_and_damaged(server, tmp_path)
+    async with (
+        running(server.url, settings_in(tmp_path), ["archiver"]),
+        open_connection(target_of(server.url)) as connection,
+    ):
+        await put_manifest(connection, part + b"next", [chunk], "next")
+        with pytest.raises(UnavailableError, match="cannot be checked"):
+            await flush(connection)
+        [problem] = (await archiver_status(connection)).problems
+        assert str(path) in problem.what
+        path.write_bytes(sound)
+        assert Scrub(Lake.open(tmp_path / "lake")).recheck_quarantine() == 0
+        # What can be checked again is: a forgery over the same chunk is still told from a good manifest.
+        await put_manifest(connection, part + b"forged", [chunk], "forgery")
+        await flush(connection)
+        assert (await archiver_status(connection)).problems == []
+        assert [letter.code for letter in await dead_letters(connection)] == ["digest_mismatch"]
+    assert bodies_in(tmp_path / "lake") == [part + b"next"]
+
+
+async def test_a_manifest_over_a_chunk_that_nobody_heals_is_archived_as_it_is(
+    server: OwnServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_check, "PATIENCE_S", 0.0)
+    chunk, part, path, sound = await archived_and_damaged(server, tmp_path)
+    async with (
+        running(server.url, settings_in(tmp_path), ["archiver", "resolver"]),
+        open_connection(target_of(server.url)) as connection,
+        connect(server.url, cache_bytes=0) as hf,
+    ):
+        refs = [Ref(f"ctx_note_{await put_manifest(connection, part + b'next', [chunk], 'next')}")]
+        beside = await put_chunk(connection, b"beside" * 50)
+        refs += [Ref(f"ctx_note_{await put_manifest(connection, b'beside' * 50 + b'!', [beside], '!')}")]
+        # What is wrong whatever the damaged chunk holds is found all the same.
+        await put_manifest(connection, part + b"forged", [chunk, "a" * 32], "forged")
+        await flush(connection)
+        assert [letter.code for letter in await dead_letters(connection)] == ["not_found"]
+        await evict(connection, 0.0)
+        assert (await hf.resolve(refs[1])).raw == b"beside" * 50 + b"!"
+        with pytest.raises(DamagedError):
+            await hf.resolve(refs[0])
+        path.write_bytes(sound)
+        assert (await hf.resolve(refs[0])).raw == part + b"next"

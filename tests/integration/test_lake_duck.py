@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 
 import holdfast.lake.duck as duck_module
@@ -175,6 +176,22 @@ def test_files_that_are_not_committed_are_not_read(lake: Lake) -> None:
     compact(lake, at_ms=2_000_000_000_000)
     with connect(lake.path) as connection:
         assert count(connection, "contexts") == 10
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_file_of_an_earlier_release_may_lack_a_column(lake: Lake, lacking: int) -> None:
+    archive(lake, "events", [*events(1, 5)])
+    archive(lake, "events", [*events(6, 8)])
+    with connect(lake.path, compare=False) as connection:
+        asked = "SELECT count(agent_id), count(*) FROM events"
+        assert connection.execute(asked).fetchall() == [(8, 8)]
+    path = sorted(lake.path / "events" / entry.path for entry in lake.files("events"))[lacking]
+    content = pq.ParquetFile(path).read()
+    pq.write_table(content.drop_columns(["agent_id"]), path)
+    with connect(lake.path, compare=False) as connection:
+        assert connection.execute(asked).fetchall() == [(8 - content.num_rows, 8)]
+        archive(lake, "events", [*events(9, 12)])
+        assert connection.execute(asked).fetchall() == [(12 - content.num_rows, 12)]
 
 
 def test_every_statement_sees_what_was_committed_before_it(lake: Lake) -> None:

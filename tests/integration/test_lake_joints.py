@@ -11,7 +11,9 @@ import msgspec
 import pytest
 
 from holdfast.lake import Lake, LakeIndex, Lookup, compact, connect, verify_lake
+from holdfast.schemas.bodies import BINARY
 from holdfast.schemas.errors import IntegrityError
+from holdfast.schemas.refs import compute_digest
 from holdfast.schemas.rows import ContextRow
 from holdfast.streams.codec import decode_manifest, seal, seal_shared, unseal
 from holdfast.streams.sharing import SHARE_OVER_BYTES, Shape, plan_parts
@@ -150,6 +152,31 @@ def test_the_view_puts_versions_together_of_lake_and_tail(lake: Lake) -> None:
         assert forms["joint"] > 0
         assert forms["chunk"] > 0
         assert dict(sql.execute("SELECT right(ref, 32), body_bytes FROM contexts").fetchall()) == bodies
+
+
+def test_the_view_takes_one_of_the_rows_of_a_chunk_that_is_in_the_lake_more_than_once(lake: Lake) -> None:
+    """As chunks and as joints, among them some that are joints and chunks, and some that follow upon themselves."""
+    rows, bodies = grown(120)
+    part = next(row for row in rows if row.form == "chunk")
+    twice = part.body * 3
+    digest = compute_digest("default", "note", twice, content_type=BINARY)
+    manifest = msgspec.json.encode({"v": 1, "size": len(twice), "chunks": [part.digest] * 3})
+    rows.append(
+        msgspec.structs.replace(
+            part, kind="note", digest=digest, body=manifest, size=len(twice), form="manifest", seq=len(rows) + 1
+        )
+    )
+    bodies[digest] = twice
+    kept = archive(lake, rows)
+    again = [row for row in rows if row.form == "chunk"] + [row for row in kept if row.form == "joint"]
+    assert {row.form for row in kept} >= {"chunk", "joint"}
+    seqs = range(len(rows) + 1, len(rows) + len(again) + 1)
+    doubled = [msgspec.structs.replace(row, seq=seq) for row, seq in zip(again, seqs, strict=True)]
+    lake.append("contexts", doubled, epoch=EPOCH, first_seq=seqs[0], last_seq=seqs[-1])
+    with connect(lake.path) as sql:
+        assert dict(sql.execute("SELECT right(ref, 32), body_bytes FROM contexts").fetchall()) == bodies
+        refs = sql.execute("SELECT ref, body_bytes FROM contexts_of((SELECT list(ref) FROM contexts))").fetchall()
+        assert {ref[-32:]: raw for ref, raw in refs} == bodies
 
 
 def leaves_of(kept: Sequence[ContextRow]) -> dict[Digest, set[Digest]]:

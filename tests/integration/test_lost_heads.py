@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,11 @@ import msgspec
 import pytest
 
 from holdfast.client import connect
+from holdfast.lake import connect as connect_lake
+from holdfast.schemas.errors import UnavailableError
+from holdfast.streams.key_log import KeyLog
 from holdfast.streams.wire import KEYS_STREAM
+from holdfast.workers import lost_heads
 from holdfast.workers.control import accept_gap, archiver_status, flush
 from tests.running import dead_letters, own_server, running, settings_in
 from tests.support import api, plain_client
@@ -95,6 +100,37 @@ async def test_a_client_that_was_there_before_the_stream_was_made_anew_goes_on_a
             assert [version.version async for version in hf.keys.history("plan")] == [4, 3, 2, 1]
             assert [version.version async for version in hf.keys.history("gone")] == [3, 2, 1]
             assert await dead_letters(hf) == []
+
+
+async def test_an_archiver_whose_list_of_keys_finds_no_memory_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[KeyLog] = []
+    close = KeyLog.close
+
+    async def noted(self: KeyLog) -> None:
+        closed.append(self)
+        await close(self)
+
+    settings = settings_in(tmp_path)
+    async with own_server(tmp_path) as server, connect(server.url, cache_bytes=0) as hf:
+        async with running(server.url, settings):
+            for number in range(1, 4):
+                await hf.keys.put("plan", {"n": number})
+            await flush(hf.connection)
+        async with plain_client(server.url) as client:
+            await client.jetstream().delete_stream(KEYS_STREAM)
+        monkeypatch.setattr(KeyLog, "close", noted)
+        scarce = partial(connect_lake, config={"memory_limit": "100KB", "temp_directory": ""})
+        monkeypatch.setattr(lost_heads, "connect", scarce)
+        async with running(server.url, msgspec.structs.replace(settings, accept_lost_streams=True)):
+            with pytest.raises(UnavailableError, match="cannot be listed: Out of Memory"):
+                await flush(hf.connection)
+            assert closed
+            monkeypatch.undo()
+            await flush(hf.connection)
+            assert ((await hf.keys.get("plan")).version, (await hf.keys.get("plan")).body) == (3, {"n": 3})
+            assert (await archiver_status(hf.connection)).problems == []
 
 
 async def _last_seq(client: Client) -> Any:

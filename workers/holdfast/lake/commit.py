@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, RemoveAction
@@ -45,8 +44,14 @@ from holdfast.lake.log import (
 from holdfast.lake.log import (
     Transaction as ReadTransaction,
 )
-from holdfast.lake.log_copies import checkpoint_is_sound, drop_copies, keep_checksum, keep_copy
-from holdfast.lake.log_repair import checkpoint_says, drop_bad_hint, repair_log
+from holdfast.lake.log_copies import drop_copies, keep_checksum, keep_copy
+from holdfast.lake.log_repair import (
+    LAST_CHECKPOINT,
+    checkpoint_says,
+    drop_bad_hint,
+    repair_log,
+    require_readable_checkpoint,
+)
 from holdfast.schemas.errors import FenceError, IntegrityError, UnavailableError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import now_ms
@@ -58,7 +63,6 @@ CHECKPOINT_INTERVAL: Final = 50
 """Commits from one checkpoint to the next: opening a table parses all that came after, 0.1 ms each."""
 
 TORN_DIRECTORY: Final = "torn"
-_LAST_CHECKPOINT: Final = "_last_checkpoint"
 
 _CONFIGURATION: Final = {
     "delta.checkpointInterval": "1000000000",
@@ -272,15 +276,17 @@ def write_checkpoint(base: Snapshot) -> None:
     try:
         DeltaTable(str(directory), version=version).create_checkpoint()
         fsync_file(path)
-        fsync_file(path.with_name(_LAST_CHECKPOINT))
+        fsync_file(path.with_name(LAST_CHECKPOINT))
         fsync_directory(path.parent)
         if not checkpoint_says(base):
             # deltalake reads the log by itself: what it read was damaged, or it reads something else than we do.
             move_aside(path, path.parent / TORN_DIRECTORY)
-            path.with_name(_LAST_CHECKPOINT).unlink(missing_ok=True)
+            path.with_name(LAST_CHECKPOINT).unlink(missing_ok=True)
             raise OSError(f"{path} does not say what the log says")
         keep_checksum(directory, version, path)
     except (DeltaError, OSError) as error:
+        # Who was stopped in here for hours may have written a hint of a checkpoint that was cleaned away meanwhile.
+        drop_bad_hint(directory)
         logger.warning(
             "checkpoint was not written",
             extra={"action": "checkpoint_failed", "table": base.table, "version": version, "error": str(error)},
@@ -297,11 +303,9 @@ def repair_checkpoints(table: Table, directory: Path) -> None:
     for version in reversed(list_checkpoints(directory)):
         path = checkpoint_path(directory, version)
         try:
-            if not checkpoint_is_sound(directory, version, path):
-                raise OSError("it is not what was written")
-            pq.read_table(path, columns=["txn", "metaData", "add"])
+            require_readable_checkpoint(directory, version)
         except (pa.ArrowException, OSError) as error:
-            (log / _LAST_CHECKPOINT).unlink(missing_ok=True)
+            (log / LAST_CHECKPOINT).unlink(missing_ok=True)
             target = move_aside(path, log / TORN_DIRECTORY)
             logger.warning(
                 "unreadable checkpoint set aside",

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from holdfast.lake.checksums import find_damage
 from holdfast.lake.columns import (
@@ -27,20 +26,12 @@ from holdfast.lake.columns import (
     day_of,
 )
 from holdfast.lake.commit import Change, removal_of
-from holdfast.lake.files import fsync_directory
 from holdfast.lake.litter import remove_litter
-from holdfast.lake.log import (
-    LOG_DIRECTORY,
-    FileEntry,
-    Snapshot,
-    checkpoint_path,
-    commit_path,
-    list_checkpoints,
-    list_versions,
-)
-from holdfast.lake.log_copies import checkpoint_is_sound, drop_copies
+from holdfast.lake.log import FileEntry, Snapshot
+from holdfast.lake.log_cleaning import CHECKPOINT_AGE_S, clean_log
 from holdfast.lake.memory import give_back, moved
 from holdfast.lake.orphans import disown, orphans_of
+from holdfast.lake.parquet_reading import open_parquet, read_group
 from holdfast.lake.quarantine import Quarantine, damaged_error
 from holdfast.lake.writer import FileWriter, WrittenFile, remove_files, require_kept
 from holdfast.schemas.errors import DamagedError, FenceError, IntegrityError, UnavailableError
@@ -284,9 +275,9 @@ def _row_groups(table: Table, directory: Path, files: Sequence[FileEntry]) -> It
 def _read_file(path: Path) -> Iterator[Any]:
     """Yields the row groups of a file, their checksums verified: damage must not be copied."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+        with open_parquet(path) as parquet:
             for number in range(parquet.num_row_groups):
-                content = parquet.read_row_group(number)
+                content = read_group(parquet, number)
                 moved(content.nbytes)
                 yield content
     except (OSError, pa.ArrowException) as error:
@@ -333,12 +324,14 @@ def vacuum(
     log_older_than_s: float = 7 * DAY_S,
     at_ms: int | None = None,
 ) -> VacuumReport:
-    """Removes files that no reader can need: replaced by compaction, left by a crash, summarised by checkpoints.
+    """Removes files that no reader can need: replaced by compaction, left by a crash, summarised by checkpoints, and
+    checkpoints that others have replaced.
 
     The newest commit is made durable first, so that no power cut can bring a removed file back into use.  Files not
     named in the log are orphans only after ``orphans_older_than_s``: a younger one is most likely about to be
     committed.  An older one may still be, by a process that was stopped for so long, or by one whose clock is right
-    when ours is not: :mod:`holdfast.lake.orphans` keeps the two apart.  A table with a torn commit is left alone.
+    when ours is not: :mod:`holdfast.lake.orphans` keeps the two apart.  What recovery needs of the log stays, however
+    old it is (:mod:`holdfast.lake.log_cleaning`).  A table with a torn commit is left alone.
     """
     now = now_ms() if at_ms is None else at_ms
     replaced = orphaned = log_files = size = 0
@@ -366,32 +359,14 @@ def vacuum(
         for path in disown(table, orphans):
             path.unlink(missing_ok=True)
             orphaned += 1
-        log_files += _clean_log(snapshot.directory, now - log_older_than_s * 1000)
+        log_files += len(
+            clean_log(
+                snapshot.directory,
+                commits_before_ms=now - log_older_than_s * 1000,
+                checkpoints_before_ms=now - min(log_older_than_s, CHECKPOINT_AGE_S) * 1000,
+            )
+        )
     litter, litter_bytes = remove_litter(lake.path, now - orphans_older_than_s * 1000)
     return VacuumReport(
         replaced_files=replaced, orphaned_files=orphaned + litter, log_files=log_files, bytes=size + litter_bytes
     )
-
-
-def _clean_log(directory: Path, before_ms: float) -> int:
-    """Removes old commits that the last but one checkpoint summarises, oldest first; returns how many."""
-    checkpoints = list_checkpoints(directory)
-    if len(checkpoints) < 2:
-        return 0
-    kept = checkpoints[-2]
-    if not checkpoint_is_sound(directory, kept, checkpoint_path(directory, kept)):
-        return 0  # the commits are what mends it
-    removed = 0
-    for version in list_versions(directory):
-        path = commit_path(directory, version)
-        try:
-            if version >= kept or path.stat().st_mtime * 1000 > before_ms:
-                break
-        except FileNotFoundError:
-            continue  # another vacuum was here
-        path.unlink(missing_ok=True)
-        drop_copies(directory, [version])
-        removed += 1
-    if removed:
-        fsync_directory(directory / LOG_DIRECTORY)
-    return removed

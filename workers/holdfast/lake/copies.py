@@ -7,6 +7,9 @@ and the lake, then in the lake and its copy.
 
 While the other disk is away nothing is purged; archiving goes on, and the streams grow.  That is told, and ends by
 itself when the disk is back.
+
+What the lake removes (files that were merged, commits and checkpoints of its log) is removed from the copy after it,
+but for what the copy itself is made of, and needs to be opened.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from holdfast.lake.checksums import sha256_of
+from holdfast.lake.copy_sums import CopiedFile, CopySums
 from holdfast.lake.files import fsync_directory, make_directory, write_durably
 from holdfast.lake.log import (
     LOG_DIRECTORY,
@@ -32,7 +37,11 @@ from holdfast.lake.log import (
     commit_path,
     list_checkpoints,
     list_versions,
+    load_snapshot,
 )
+from holdfast.lake.log_cleaning import follow_cleaning
+from holdfast.lake.log_copies import checkpoint_is_sound
+from holdfast.lake.log_repair import LAST_CHECKPOINT
 from holdfast.schemas.errors import ConfigurationError, IntegrityError, UnavailableError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.problems import Problem
@@ -68,10 +77,11 @@ class _Mark(msgspec.Struct, frozen=True):
     id: str
 
 
-class _Sum(msgspec.Struct, frozen=True):
-    path: str
-    size: int
-    sha256: str
+class _LogMark(msgspec.Struct, frozen=True):
+    """How far the log is copied, and the hint of the newest checkpoint that there was."""
+
+    snapshot: Snapshot
+    hint: bytes | None
 
 
 class Copies:
@@ -82,8 +92,9 @@ class Copies:
         self.lake = lake
         self.directory = directory
         self._lock = threading.RLock()
-        self._sums: dict[Table, dict[str, _Sum]] = {}
-        self._logged: dict[Table, int] = {}
+        self._sums = {name: CopySums(directory / name / SUMS) for name in TABLES}
+        self._logged: dict[Table, _LogMark] = {}
+        self._next_prune: dict[Table, float] = {}
 
     def catch_up(self, table: LakeTable, *, turn_s: float = TURN_S) -> CopyReport:
         """Copies what a table has and its copy has not, for ``turn_s`` seconds at most.
@@ -96,13 +107,13 @@ class Copies:
             try:
                 self._claim()
                 snapshot = table.refresh()
-                sums = self._known(table.name)
-                missing = [entry for entry in snapshot.files.values() if not self._has(table.name, entry)]
+                known = self._known(table.name)
+                missing = [entry for entry in snapshot.files.values() if not self._has(table.name, entry, known)]
                 files = size = 0
                 for number, entry in enumerate(missing):
                     if time.monotonic() >= deadline:
                         return CopyReport(files=files, bytes=size, behind=len(missing) - number)
-                    sums[entry.path] = self._copy_data(table.name, snapshot.directory, entry)
+                    self._sums[table.name].add(self._copy_data(table.name, snapshot.directory, entry))
                     files += 1
                     size += entry.size_bytes
                 failpoint("copies.before_log")
@@ -117,7 +128,8 @@ class Copies:
     def require(self, table: LakeTable, version: int) -> None:
         """Raises UnavailableError unless the copy has a table up to a version, once it was given a turn to catch up."""
         report = self.catch_up(table)
-        if report.behind or self._logged.get(table.name, -1) < version:
+        logged = self._logged.get(table.name)
+        if report.behind or logged is None or logged.snapshot.version < version:
             raise UnavailableError(
                 f"the copy of {table.name} in {self.directory} is {report.behind} files behind",
                 hint="nothing: it catches up, and purging goes on then",
@@ -151,18 +163,57 @@ class Copies:
         logger.warning("file of the lake healed from its copy", extra={"action": "healed", "path": str(path)})
         return True
 
-    def prune(self, table: LakeTable) -> int:
-        """Removes copies of files that the lake does not have any more; returns how many."""
+    def prune(self, table: LakeTable, *, every_s: float = 0.0) -> int:
+        """Removes from the copy what the lake does not have any more, of data and of the log; returns how many files.
+
+        Does nothing, and returns 0, before ``every_s`` seconds have gone by since the last time.  Raises
+        UnavailableError when the other disk is away, OSError when it refuses.
+        """
         with self._lock:
+            now = time.monotonic()
+            if now < self._next_prune.get(table.name, now):
+                return 0
+            self._next_prune[table.name] = now + every_s
+            self._claim()
             files = table.refresh().files
-            removed = 0
-            for path in list(self._known(table.name)):
-                if path in files or (table.directory / path).exists():
-                    continue
-                (self.directory / table.name / path).unlink(missing_ok=True)
-                del self._sums[table.name][path]
-                removed += 1
-            return removed
+            target = self.directory / table.name
+            gone = [
+                path for path in self._known(table.name) if path not in files and not (table.directory / path).exists()
+            ]
+            # A copy that is days behind still consists of what the lake has merged and removed.
+            own = self._stands_at(table.name).files if gone else {}
+            gone = [path for path in gone if path not in own]
+            for path in gone:
+                (target / path).unlink(missing_ok=True)
+            # Before their lines go: a file that a power cut brought back would be nobody's.
+            for folder in {(target / path).parent for path in gone}:
+                if folder.is_dir():
+                    fsync_directory(folder)
+            failpoint("copies.before_sums")
+            self._sums[table.name].forget(gone)
+            return len(gone) + self._prune_log(table)
+
+    def _stands_at(self, table: Table) -> Snapshot:
+        """Returns the version of the copy."""
+        logged = self._logged.get(table)
+        snapshot = load_snapshot(table, self.directory / table) if logged is None else logged.snapshot
+        if snapshot is None:
+            raise UnavailableError(
+                f"the copy of {table} in {self.directory} has no log yet", hint="nothing: it catches up"
+            )
+        return snapshot
+
+    def _prune_log(self, table: LakeTable) -> int:
+        target = self.directory / table.name
+        removed = follow_cleaning(table.directory, target)
+        logged = self._logged.get(table.name)
+        held = {*list_versions(target)}
+        if logged is not None and any(
+            number <= logged.snapshot.version and number not in held for number in list_versions(table.directory)
+        ):
+            # Somebody took commits out of the copy: the next turn looks at all of them.
+            del self._logged[table.name]
+        return len(removed)
 
     def compare(self, lake: Lake) -> tuple[int, list[Problem]]:
         """Reads every data file of the lake's copy; returns how many, and what is missing or damaged."""
@@ -209,28 +260,12 @@ class Copies:
         # A copy whose lake forgot it is compared file by file, like any other.
         write_durably(record, marker.read_bytes())
 
-    def _known(self, table: Table) -> dict[str, _Sum]:
+    def _known(self, table: Table) -> dict[str, CopiedFile]:
         with self._lock:
-            if table not in self._sums:
-                self._sums[table] = self._read_sums(table)
-            return self._sums[table]
+            return dict(self._sums[table].files())
 
-    def _read_sums(self, table: Table) -> dict[str, _Sum]:
-        found: dict[str, _Sum] = {}
-        try:
-            lines = (self.directory / table / SUMS).read_bytes().splitlines()
-        except FileNotFoundError:
-            return found
-        for line in lines:
-            try:
-                entry = msgspec.json.decode(line, type=_Sum)
-            except msgspec.MsgspecError:
-                continue  # torn by a crash: the file is copied once more
-            found[entry.path] = entry
-        return found
-
-    def _has(self, table: Table, entry: FileEntry) -> bool:
-        known = self._known(table).get(entry.path)
+    def _has(self, table: Table, entry: FileEntry, copied: Mapping[str, CopiedFile]) -> bool:
+        known = copied.get(entry.path)
         if known is None or known.size != entry.size_bytes:
             return False
         if entry.checksums is not None and known.sha256 != entry.checksums.sha256:
@@ -240,7 +275,7 @@ class Copies:
         except FileNotFoundError:
             return False
 
-    def _copy_data(self, table: Table, source_directory: Path, entry: FileEntry) -> _Sum:
+    def _copy_data(self, table: Table, source_directory: Path, entry: FileEntry) -> CopiedFile:
         target = self.directory / table / entry.path
         temporary = self.directory / table / _TEMPORARY / target.name
         make_directory(temporary.parent)
@@ -265,32 +300,52 @@ class Copies:
         failpoint("copies.before_rename")
         temporary.rename(target)
         fsync_directory(target.parent)
-        found = _Sum(entry.path, size, sha256)
-        with (self.directory / table / SUMS).open("ab") as sums:
-            sums.write(msgspec.json.encode(found) + b"\n")
-            sums.flush()
-            os.fsync(sums.fileno())
-        return found
+        return CopiedFile(entry.path, size, sha256)
 
     def _copy_log(self, snapshot: Snapshot) -> None:
-        """Copies the commits and checkpoints that the copy has not, up to a version."""
-        target = self.directory / snapshot.table
+        """Copies the commits and checkpoints that the copy has not, up to a version.
+
+        The first time in a process every commit is compared; from then on only what is new is looked at.
+        """
+        source, target = snapshot.directory, self.directory / snapshot.table
         make_directory(target / LOG_DIRECTORY)
-        done = set(list_versions(target))
-        logged = self._logged.get(snapshot.table, -1)
-        wanted = [number for number in list_versions(snapshot.directory) if number <= snapshot.version]
+        logged = self._logged.get(snapshot.table)
+        if logged is not None and not commit_path(target, logged.snapshot.version).exists():
+            logged = None  # an older state of the copy was put in its place
+        # Read before the checkpoints are listed: one that is written meanwhile is found the next time.
+        hint = _read_hint(source)
+        if logged is not None and (logged.snapshot.version, logged.hint) == (snapshot.version, hint or b""):
+            return
+        if logged is None:
+            wanted = [number for number in list_versions(source) if number <= snapshot.version]
+        else:
+            wanted = [*range(logged.snapshot.version + 1, snapshot.version + 1)]
         for number in wanted:
-            # A torn commit is set aside, and another one takes its number.
-            if number not in done or (
-                number > logged and not _same(commit_path(snapshot.directory, number), commit_path(target, number))
-            ):
-                _replace(commit_path(snapshot.directory, number), commit_path(target, number))
-        for number in list_checkpoints(snapshot.directory):
-            path = checkpoint_path(target, number)
-            if number <= snapshot.version and not path.exists():
-                _replace(checkpoint_path(snapshot.directory, number), path)
+            # One may be there that is another: a torn commit is set aside, and another one takes its number.
+            if not _same(commit_path(source, number), commit_path(target, number)):
+                _replace(commit_path(source, number), commit_path(target, number))
+        is_complete = True
+        if logged is None or hint is None or hint != logged.hint:
+            is_complete = self._copy_checkpoints(snapshot, target)
         fsync_directory(target / LOG_DIRECTORY)
-        self._logged[snapshot.table] = snapshot.version
+        self._logged[snapshot.table] = _LogMark(snapshot, hint if is_complete else None)
+
+    def _copy_checkpoints(self, snapshot: Snapshot, target: Path) -> bool:
+        """Copies the checkpoints that the copy has not; returns whether it has them all now."""
+        is_complete = True
+        for number in list_checkpoints(snapshot.directory):
+            source, path = checkpoint_path(snapshot.directory, number), checkpoint_path(target, number)
+            if path.exists():
+                continue
+            try:
+                is_sound = number <= snapshot.version and checkpoint_is_sound(snapshot.directory, number, source)
+            except FileNotFoundError:
+                continue  # cleaned away meanwhile
+            if is_sound:
+                _replace(source, path)
+            else:
+                is_complete = False  # one of a later version, or damaged: looked at again the next time
+        return is_complete
 
     def _place(self, path: Path) -> tuple[Table, str]:
         relative = path.relative_to(self.lake)
@@ -314,6 +369,14 @@ def _copy(source: Path, target: Path) -> tuple[int, str]:
         # What is read back next shall come from the disk.
         os.posix_fadvise(writer.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return size, found.hexdigest()
+
+
+def _read_hint(directory: Path) -> bytes | None:
+    """Returns what tells, without a listing, whether there is a new checkpoint; None when nothing does."""
+    try:
+        return (directory / LOG_DIRECTORY / LAST_CHECKPOINT).read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _same(one: Path, other: Path) -> bool:

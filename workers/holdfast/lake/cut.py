@@ -46,7 +46,7 @@ def cut_table(table: LakeTable, *, epoch: str, first_seq: int, last_seq: int) ->
     """
     newest = table.refresh()
     version = _version_within(newest, f"{table.name}/{epoch}", last_seq)
-    snapshot, start = _load_version(table.name, table.directory, version)
+    snapshot, base = _load_version(table.name, table.directory, version)
     mark = snapshot.watermark
     archived = mark.seq if mark is not None and mark.epoch == epoch else None
     # Of a life that the table holds nothing of yet, nothing can have been purged either, beyond what it began with.
@@ -55,12 +55,11 @@ def cut_table(table: LakeTable, *, epoch: str, first_seq: int, last_seq: int) ->
             f"{table.directory} is archived up to {archived}, the image of its stream begins at {first_seq}",
             hint="the commit that archived what is between was set aside or lost: run holdfast verify",
         )
-    checkpoint = checkpoint_path(table.directory, start)
-    commits = [commit_path(table.directory, number) for number in range(start, snapshot.version + 1)]
-    is_summarised = checkpoint.exists()
+    commits = [commit_path(table.directory, number) for number in range(max(0, base), snapshot.version + 1)]
+    is_summarised = base >= 0
     return TableCut(
         snapshot=snapshot,
-        checkpoint=checkpoint.relative_to(table.directory) if is_summarised else None,
+        checkpoint=checkpoint_path(table.directory, base).relative_to(table.directory) if is_summarised else None,
         commits=[path.relative_to(table.directory) for path in commits if not is_summarised or path.exists()],
     )
 
@@ -91,7 +90,7 @@ def _version_within(newest: Snapshot, app_id: str, last_seq: int) -> int:
 
 
 def _load_version(table: Table, directory: Path, version: int) -> tuple[Snapshot, int]:
-    """Returns a table as of a version, and the version from which on its log was read to know it.
+    """Returns a table as of a version, and the version of the checkpoint that it was read from; -1 for none.
 
     Raises IntegrityError when the log does not reach back far enough.
     """
@@ -116,4 +115,4 @@ def _load_version(table: Table, directory: Path, version: int) -> tuple[Snapshot
                 hint="run holdfast verify",
             )
         commits.append(commit)
-    return apply(base, commits) if commits else base, max(0, base.version)
+    return apply(base, commits) if commits else base, base.version

@@ -18,13 +18,15 @@ import pyarrow as pa
 
 from holdfast.lake.checksums import find_damage
 from holdfast.lake.columns import to_batch
+from holdfast.lake.file_columns import FileColumns
 from holdfast.lake.footers import Footers
 from holdfast.lake.lake import Lake
+from holdfast.lake.passed_over import doubtful_files
 from holdfast.lake.quarantine import HINT, Quarantine
 from holdfast.lake.snapshot import Identity, Picture, PictureTaker, Tail, identities_of
 from holdfast.lake.views import file_scan, view_statements
 from holdfast.schemas.errors import ConfigurationError, DamagedError, UnavailableError
-from holdfast.schemas.rows import TABLES, ContextRow, Row, Table
+from holdfast.schemas.rows import TABLES, Row, Table
 
 if TYPE_CHECKING:
     from holdfast.lake.checksums import Damage
@@ -49,7 +51,8 @@ class DamageWatch:
     """Compares files with their checksums before DuckDB reads them: it looks at none, and serves what it finds.
 
     A file is compared once in a process, when it first is in a picture; what the lake's records call damaged is
-    believed at once.  ``compare`` False goes by the records alone.
+    believed at once, and so is what it does of a healed file whose rows may be in another as well.  ``compare`` False
+    goes by the records alone.
     """
 
     def __init__(self, *, compare: bool = True) -> None:
@@ -74,7 +77,8 @@ class DamageWatch:
         if quarantine is None:
             quarantine = self._quarantines[directory] = Quarantine(directory)
         recorded = {path: _told(snapshot, record.damage()) for path, record in quarantine.of(snapshot).items()}
-        return recorded | {path: told for path, (told, _) in own.items()}
+        doubtful = {path: _told(snapshot, damage) for path, damage in doubtful_files(snapshot).items()}
+        return doubtful | recorded | {path: told for path, (told, _) in own.items()}
 
 
 def _identity(path: Path) -> object:
@@ -125,8 +129,10 @@ class Connection:
         owns_taker: bool,
         watch: DamageWatch | None = None,
         footers: Footers | None = None,
+        columns: FileColumns | None = None,
     ) -> None:
         self._duck = duck
+        self._columns = columns or FileColumns()
         self._taker = taker
         self._owns_taker = owns_taker
         self._watch = watch or DamageWatch()
@@ -172,7 +178,8 @@ class Connection:
             if old is None or old.snapshots[table] is not snapshot or damaged[table] != self._damaged.get(table)
         ]
         tails: dict[Table, str] = {table: _TAIL_RELATION[table] for table in picture.tails}
-        for statement in view_statements(changed, temporary=True, tails=tails, damaged=damaged):
+        alike = {each.table for each in changed if self._columns.are_alike(self._duck, each, damaged[each.table])}
+        for statement in view_statements(changed, temporary=True, tails=tails, damaged=damaged, alike=alike):
             self._duck.execute(statement)
         self._picture, self._damaged = picture, damaged
         if self._footers is not None:
@@ -195,7 +202,7 @@ class Connection:
     def cursor(self) -> Connection:
         """Returns a connection of its own to the same lake and tail, for another thread."""
         self._footers = None  # memory may not be made short for what another thread runs
-        return Connection(self._duck.cursor(), self._taker, owns_taker=False, watch=self._watch)
+        return Connection(self._duck.cursor(), self._taker, owns_taker=False, watch=self._watch, columns=self._columns)
 
     def close(self) -> None:
         """Closes the connection and, on the one that ``connect`` returned, the tail."""
@@ -325,27 +332,23 @@ class _KnownByIndex:
         self._index = index
 
     def __call__(self, snapshot: Snapshot, rows: Sequence[Row]) -> set[Identity]:
-        self._index.refresh(self._lake)
+        version = self._index.refresh(self._lake).versions[snapshot.table]
         identities = identities_of(rows)
-        found: dict[Any, Any]
-        if snapshot.table == "contexts":
-            found = {
-                (digest,): place
-                for digest, place in self._index.find_contexts(
-                    row.digest for row in rows if isinstance(row, ContextRow)
-                ).items()
-            }
-        elif snapshot.table == "events":
-            found = dict(self._index.find_events((key[0], key[1]) for key in identities))
-        else:
-            versions = self._index.find_key_versions((key[0], key[1], int(key[2])) for key in identities)
-            found = {(namespace, key, str(version)): place for (namespace, key, version), place in versions.items()}
+        keys = [_index_key(snapshot.table, identity) for identity in identities]
+        # What damaged files hide is none here, as in a scan: they are not shown either.
+        places = self._index.ask(snapshot.table, keys, version=version).positions
         # The index may be ahead of the snapshot and know this very row: that is no repetition.
         return {
             identity
-            for row, identity in zip(rows, identities, strict=True)
-            if (place := found.get(identity)) is not None and not (place.epoch == row.epoch and place.seq >= row.seq)
+            for row, identity, key in zip(rows, identities, keys, strict=True)
+            if (place := places.get(key)) is not None and not (place.epoch == row.epoch and place.seq >= row.seq)
         }
+
+
+def _index_key(table: Table, identity: Identity) -> Any:
+    if table == "contexts":
+        return identity[0]
+    return identity if table == "events" else (identity[0], identity[1], int(identity[2]))
 
 
 class ViewsFile:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from holdfast.lake.checksums import find_damage, readable
 from holdfast.lake.columns import ROWS_PER_GROUP, to_rows
 from holdfast.lake.commit import Change, removal_of
+from holdfast.lake.memory import moved
+from holdfast.lake.parquet_reading import open_parquet, read_batches, read_group
 from holdfast.lake.salvage import salvage_group
 from holdfast.lake.writer import FileWriter, remove_files
-from holdfast.schemas.errors import FenceError, UnavailableError
+from holdfast.schemas.errors import FenceError, IntegrityError, UnavailableError
 from holdfast.schemas.ids import now_ms
 from holdfast.schemas.rows import ContextRow, Row
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from holdfast.lake.checksums import Damage
     from holdfast.lake.log import FileEntry, Snapshot
     from holdfast.lake.table import LakeTable
+    from holdfast.schemas.refs import Ref
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +39,14 @@ def heal_file(table: LakeTable, entry: FileEntry, damage: Damage, brought: Itera
 
     ``brought`` are the rows of the stream in the damaged ranges, as they are decoded, and may be more than the file
     has: what the archiver left out is left out again.  False, and nothing is changed, when it cannot be told that the
-    rows are exactly those.
+    rows are exactly those.  Raises UnavailableError when the disk does not answer.
     """
     kept = _kept_rows(table, entry, damage)
     lost = _lost_rows(table, entry, damage, {row.seq: row for row in brought if row.epoch == entry.epoch})
-    if lost is None:
+    told = None if lost is None else _in_forms_of_their_own(table, entry, [*kept, *lost.told], lost.untold)
+    if lost is None or told is None:
         return False
-    rows = sorted([*kept, *lost], key=lambda row: row.seq)
+    rows = sorted([*kept, *lost.told, *told], key=lambda row: row.seq)
     contexts = sum(1 for row in rows if not isinstance(row, ContextRow) or row.form in ("plain", "manifest"))
     seqs = (rows[0].seq, rows[-1].seq) if rows else (0, 0)
     if (len(rows), contexts, *seqs) != (entry.rows, entry.contexts, entry.min_seq, entry.max_seq):
@@ -69,7 +77,7 @@ def heal_file(table: LakeTable, entry: FileEntry, damage: Damage, brought: Itera
     table.quarantine.remove(entry.path)
     logger.warning(
         "damaged file healed from the stream",
-        extra={"action": "healed", "path": str(table.directory / entry.path), "rows": len(lost)},
+        extra={"action": "healed", "path": str(table.directory / entry.path), "rows": len(rows) - len(kept)},
     )
     return True
 
@@ -78,16 +86,23 @@ def _kept_rows(table: LakeTable, entry: FileEntry, damage: Damage) -> list[Row]:
     if damage.groups is None or entry.checksums is None:
         return []
     rows: list[Row] = []
-    with pq.ParquetFile(table.directory / entry.path) as parquet:
+    with open_parquet(table.directory / entry.path, checks_pages=False) as parquet:
         for group in range(len(entry.checksums.parts) - 1):
             if group not in damage.groups:
-                rows += to_rows(table.name, parquet.read_row_group(group))
+                rows += to_rows(table.name, read_group(parquet, group))
     return rows
 
 
-def _lost_rows(table: LakeTable, entry: FileEntry, damage: Damage, found: dict[int, Row]) -> list[Row] | None:
-    """Returns the rows of the damaged ranges in the form in which they were archived; None when that is not known."""
-    lost: list[Row] = []
+class _Lost(NamedTuple):
+    """Rows of the damaged ranges: in the form in which they were archived, and those whose form is not known."""
+
+    told: list[Row]
+    untold: list[Row]
+
+
+def _lost_rows(table: LakeTable, entry: FileEntry, damage: Damage, found: dict[int, Row]) -> _Lost | None:
+    """Returns the rows of the damaged ranges; None when it is not known which these are."""
+    lost = _Lost([], [])
     for number, span in enumerate(damage.ranges):
         forms: dict[int, str] | None = None
         if damage.groups is not None:
@@ -97,12 +112,77 @@ def _lost_rows(table: LakeTable, entry: FileEntry, damage: Damage, found: dict[i
         if forms is not None:
             if not forms.keys() <= found.keys():
                 return None
-            lost += [_in_form(found[seq], form) for seq, form in forms.items()]
+            lost.told.extend(_in_form(found[seq], form) for seq, form in forms.items())
         elif len(rows) == span.rows:
-            lost += rows
+            lost.untold.extend(rows)
         else:
             return None
     return lost
+
+
+def _in_forms_of_their_own(
+    table: LakeTable, entry: FileEntry, beside: Sequence[Row], untold: Sequence[Row]
+) -> list[Row] | None:
+    """Returns rows whose form is not known as the archiver would have made them: each body once in the lake.
+
+    ``beside`` are the file's other rows.  None when damage of another file hides whether that has the body of a chunk:
+    one that is in the lake twice may be put twice into a body that names it.  Of anything else the count of contexts,
+    which the log has, tells whether each row brought a body.
+    """
+    contexts = [row for row in untold if isinstance(row, ContextRow)]
+    if not contexts:
+        return list(untold)
+    held = _held_before(table, entry, {row.ref for row in contexts})
+    if held is None:
+        return None if any(row.form == "chunk" for row in contexts) else list(untold)
+    held |= {row.ref for row in beside if isinstance(row, ContextRow) and row.form != "touch"}
+    rows: list[Row] = []
+    for row in sorted(contexts, key=lambda row: row.seq):
+        rows.append(_in_form(row, "touch" if row.ref in held else row.form))
+        held.add(row.ref)
+    return rows
+
+
+def _held_before(table: LakeTable, entry: FileEntry, refs: set[Ref]) -> set[Ref] | None:
+    """Returns those of some references whose bodies an earlier file has; None when damage hides whether one has."""
+    held: set[Ref] = set()
+    wanted = pc.SetLookupOptions(value_set=pa.array(sorted(refs), pa.string()))
+    for path, other in table.refresh().files.items():
+        # What was archived later has touches of what is in this file, and not the other way round.  Of another life of
+        # the stream nothing tells which was first.
+        if path == entry.path or (other.epoch == entry.epoch and other.min_seq > entry.max_seq):
+            continue
+        identities = _identities(table, other)
+        if identities is None:
+            return None
+        try:
+            with readable(table.directory / path):
+                for content in identities:
+                    moved(content.nbytes)
+                    some = content.filter(pc.call_function("is_in", [content.column("ref")], wanted))
+                    pairs = zip(some.column("ref").to_pylist(), some.column("form").to_pylist(), strict=True)
+                    held.update(ref for ref, form in pairs if form != "touch")
+        except (FileNotFoundError, IntegrityError):
+            return None  # merged away meanwhile, or damaged since it was compared
+    return held
+
+
+def _identities(table: LakeTable, entry: FileEntry) -> Iterator[Any] | None:
+    """Returns references and forms of all rows of a file; None when it is damaged and they cannot be made out."""
+    record = table.quarantine.files().get(entry.path)
+    damage = record.damage() if record else find_damage(table.directory, entry)
+    if damage is None:
+        return _read_identities(table.directory / entry.path)
+    if damage.groups is None or entry.checksums is None:
+        return None
+    groups = range(len(entry.checksums.parts) - 1)
+    found = [salvage_group(table.name, table.directory, entry, group) for group in groups]
+    return None if any(content is None for content in found) else iter(found)
+
+
+def _read_identities(path: Path) -> Iterator[Any]:
+    with open_parquet(path) as parquet:
+        yield from read_batches(parquet, ["ref", "form"])
 
 
 def _forms(content: Any) -> dict[int, str]:

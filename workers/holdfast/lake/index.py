@@ -19,30 +19,26 @@ meta      ``table:<name>``, ``epoch:<number>``        stamp, epoch
 
 The check is a CRC-32 of the entry: a damaged one is recognised when it is read, and the index made anew; that nothing
 is missing is seen when it is opened (:mod:`holdfast.lake.index_seal`).  Rows of a damaged file that cannot be told are
-*skipped*: until it is healed, "not known" may not be said of anything (:meth:`LakeIndex.require_complete`).
+*skipped*: until it is healed, "not known" may not be said of anything (:meth:`LakeIndex.ask`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import struct
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import lmdb
 import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from holdfast.lake.checksums import find_damage, whole_damage
+from holdfast.lake.checksums import whole_damage
 from holdfast.lake.index_environment import (
     DAMAGED,
     ENTRY,
@@ -57,25 +53,47 @@ from holdfast.lake.index_environment import (
     read_stamp,
     stamp_key,
 )
-from holdfast.lake.log import FileEntry, Snapshot, TornCommitError, read_commit
-from holdfast.lake.memory import moved
+from holdfast.lake.index_rows import (
+    VERSION,
+    event_key,
+    files_since,
+    identities_in,
+    items_of,
+    readable_again,
+    version_key,
+)
 from holdfast.lake.quarantine import Quarantine, damaged_error
-from holdfast.lake.salvage import IDENTITY_COLUMNS, salvage_group
 from holdfast.schemas.errors import DamagedError, UnavailableError
 from holdfast.schemas.refs import Digest, digest_to_bytes
 from holdfast.schemas.rows import TABLES, Position, Table
 
 if TYPE_CHECKING:
     from holdfast.lake.lake import Lake
+    from holdfast.lake.log import FileEntry, Snapshot
 
 logger = logging.getLogger(__name__)
-
-_VERSION: Final = struct.Struct(">Q")
 
 EventKey = tuple[str, str]
 """(namespace, event id)."""
 VersionKey = tuple[str, str, int]
 """(namespace, key, version)."""
+
+
+RENEW_PAGES: Final = 8_192
+"""A commit that may have written so many pages, 32 MiB, has the index opened anew: LMDB keeps their memory."""
+
+_RAW_KEYS: Final[dict[Table, Callable[[Any], bytes]]] = {
+    "contexts": digest_to_bytes,
+    "events": lambda key: event_key(uuid.UUID(key[1]).bytes, key[0]),
+    "key_versions": lambda key: version_key(*key),
+}
+
+
+class Answer(NamedTuple):
+    """What the index knows of some keys: positions, and the damaged files that may hold what is missing from them."""
+
+    positions: dict[Any, Position]
+    skipped: tuple[str, ...]
 
 
 class IndexReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,15 +161,15 @@ class LakeIndex:
 
     def find_contexts(self, digests: Iterable[Digest]) -> dict[Digest, Position]:
         """Returns the positions of the rows that hold the bodies of these digests, of those that are known."""
-        return self._find("contexts", ((digest, digest_to_bytes(digest)) for digest in digests))
+        return self._find("contexts", digests)
 
     def find_events(self, keys: Iterable[EventKey]) -> dict[EventKey, Position]:
         """Returns the positions of these (namespace, event id), of those that are known."""
-        return self._find("events", ((key, _event_key(uuid.UUID(key[1]).bytes, key[0])) for key in keys))
+        return self._find("events", keys)
 
     def find_key_versions(self, keys: Iterable[VersionKey]) -> dict[VersionKey, Position]:
         """Returns the positions of these (namespace, key, version), of those that are known."""
-        return self._find("key_versions", ((key, _version_key(*key)) for key in keys))
+        return self._find("key_versions", keys)
 
     def last_key_version(self, namespace: str, key: str) -> tuple[int, Position] | None:
         """Returns the highest archived version of a key and its position."""
@@ -161,14 +179,19 @@ class LakeIndex:
     def key_versions_before(
         self, namespace: str, key: str, version: int | None, limit: int
     ) -> list[tuple[int, Position]]:
-        """Returns up to ``limit`` archived versions of a key below ``version`` (None: from the highest), descending."""
-        prefix = _version_key(namespace, key, 0)[:16]
+        """Returns up to ``limit`` archived versions of a key below ``version`` (None: from the highest), descending.
+
+        Raises UnavailableError where the index is empty because it was never refreshed, or has just been begun anew.
+        """
+        prefix = version_key(namespace, key, 0)[:16]
         # The first key that is too high, then back from there.
-        bound = prefix + b"\xff" * 9 if version is None else prefix + _VERSION.pack(version)
+        bound = prefix + b"\xff" * 9 if version is None else prefix + VERSION.pack(version)
         found: list[tuple[int, Position]] = []
         with self._reading() as shared, shared.env.begin(db=shared.databases["key_versions"], buffers=False) as txn:
             stamp = self._stamp(txn, "key_versions")
-            if stamp is not None and stamp.skipped:
+            if stamp is None:
+                raise UnavailableError(f"the index {self.path} is being built", hint="try again")
+            if stamp.skipped:
                 # A version that nobody can read may be any version.
                 raise DamagedError(
                     f"versions of keys cannot be read: {', '.join(stamp.skipped)} of the lake is damaged",
@@ -179,24 +202,56 @@ class LakeIndex:
             there = cursor.prev() if cursor.set_range(bound) else cursor.last()
             while there and len(found) < limit and cursor.key().startswith(prefix):
                 raw = cursor.key()
-                found.append((_VERSION.unpack(raw[16:])[0], self._position(raw, cursor.value())))
+                found.append((VERSION.unpack(raw[16:])[0], self._position(raw, cursor.value())))
                 there = cursor.prev()
         return found
 
-    def require_complete(self, snapshot: Snapshot) -> None:
-        """Raises DamagedError when rows of this table's part could not be read: anything may be among them."""
-        with self._reading() as shared, shared.env.begin() as txn:
-            stamp = self._stamp(txn, snapshot.table)
-        for path in () if stamp is None else stamp.skipped:
+    def ask(self, table: Table, keys: Iterable[Any], *, version: int) -> Answer:
+        """Returns the positions of these keys (of contexts: digests), and what may hide others.
+
+        What is missing then is neither in ``version`` of the table nor in any before, unless in a file that is
+        ``skipped``.  Raises UnavailableError when that cannot be said: the index does not cover that version, since it
+        was not refreshed, or was found damaged meanwhile and begun anew.
+        """
+        wanted = list(keys)
+        with self._reading() as shared, shared.env.begin(buffers=False) as txn:
+            found = self._found(txn, shared.databases[table], ((key, _RAW_KEYS[table](key)) for key in wanted))
+            stamp = self._stamp(txn, table)
+        if all(key in found for key in wanted):
+            return Answer(found, ())
+        if stamp is None or stamp.version < version:
+            covered = "nothing" if stamp is None else f"version {stamp.version}"
+            raise UnavailableError(
+                f"the index {self.path} covers {covered} of {table}, not version {version}",
+                hint="nothing: it is refreshed, and asked again",
+            )
+        return Answer(found, stamp.skipped)
+
+    def require(self, lake: Lake, table: Table, keys: Iterable[Any]) -> dict[Any, Position]:
+        """Returns the positions of these keys after a refresh: what is missing, the lake of this moment does not hold.
+
+        Raises UnavailableError as :meth:`ask`, and DamagedError when rows of a damaged file may be what is missing.
+        """
+        version = self.refresh(lake).versions[table]
+        snapshot = lake.snapshot(table)
+        answer = self.ask(table, keys, version=version)
+        for path in answer.skipped:
             entry = snapshot.files.get(path)
-            if entry is not None:
-                record = Quarantine(snapshot.directory).files().get(path)
-                damage = record.damage() if record else whole_damage(entry, "it could not be read")
-                raise damaged_error(snapshot.directory, damage)
+            if entry is None:  # another process has healed it, or has got further with the index than this lake is read
+                raise UnavailableError(f"{snapshot.directory / path} was damaged, and is gone", hint="try again")
+            record = Quarantine(snapshot.directory).files().get(path)
+            damage = record.damage() if record else whole_damage(entry, "it could not be read")
+            raise damaged_error(snapshot.directory, damage)
+        return answer.positions
 
     @contextmanager
     def _reading(self) -> Generator[Environment]:
-        """Within the block, what LMDB raises on a damaged file is told as such; the next use makes the index anew."""
+        """Within the block, what LMDB raises is told as an error of ours; after damage the next use makes it anew."""
+        with self._using(self._not_read) as shared:
+            yield shared
+
+    @contextmanager
+    def _using(self, told: Callable[[lmdb.Error], UnavailableError]) -> Generator[Environment]:
         with self._shared.in_use():
             try:
                 yield self._shared
@@ -208,14 +263,25 @@ class LakeIndex:
             except IndexDamagedError:
                 self._shared.discard_after_use()
                 raise
+            except lmdb.MapResizedError as error:
+                self._shared.take_over_after_use()
+                raise told(error) from error
+            except lmdb.Error as error:
+                raise told(error) from error
 
-    def _find(self, table: Table, keys: Iterator[tuple[Any, bytes]]) -> dict[Any, Position]:
+    def _not_read(self, error: lmdb.Error) -> UnavailableError:
+        return UnavailableError(f"the index {self.path} cannot be read: {error}", hint="check its disk; try again")
+
+    def _find(self, table: Table, keys: Iterable[Any]) -> dict[Any, Position]:
+        with self._reading() as shared, shared.env.begin(buffers=False) as txn:
+            return self._found(txn, shared.databases[table], ((key, _RAW_KEYS[table](key)) for key in keys))
+
+    def _found(self, txn: lmdb.Transaction, database: Any, keys: Iterable[tuple[Any, bytes]]) -> dict[Any, Position]:
         found: dict[Any, Position] = {}
-        with self._reading() as shared, shared.env.begin(db=shared.databases[table], buffers=False) as txn:
-            for key, raw in keys:
-                value = txn.get(raw)
-                if value is not None:
-                    found[key] = self._position(raw, value)
+        for key, raw in keys:
+            value = txn.get(raw, db=database)
+            if value is not None:
+                found[key] = self._position(raw, bytes(value))
         return found
 
     def _position(self, key: bytes, value: bytes) -> Position:
@@ -232,14 +298,14 @@ class LakeIndex:
 
     def version(self, table: Table) -> int:
         """Returns the version of a table that the index covers; -1 before the first refresh."""
-        with self._shared.in_use(), self._shared.env.begin() as txn:
+        with self._reading() as shared, shared.env.begin() as txn:
             stamp = self._stamp(txn, table)
         return -1 if stamp is None else stamp.version
 
     def count(self, table: Table) -> int:
         """Returns how many entries there are for a table."""
-        with self._shared.in_use(), self._shared.env.begin() as txn:
-            entries: int = txn.stat(self._shared.databases[table])["entries"]
+        with self._reading() as shared, shared.env.begin() as txn:
+            entries: int = txn.stat(shared.databases[table])["entries"]
         return entries
 
     # -- keeping up
@@ -258,13 +324,10 @@ class LakeIndex:
 
     def _update(self, lake: Lake, *, forget: bool) -> IndexReport:
         try:
-            with self._shared.in_use():
-                return self._update_all(lake, forget=forget)
-        except lmdb.Error as error:
-            raise UnavailableError(
-                f"the index {self.path} cannot be brought up to date: {error}",
-                hint="free space on its disk; it is a cache, and may be deleted while nothing uses it",
-            ) from error
+            return self._update_all(lake, forget=forget)
+        except IndexDamagedError:
+            # Begun anew by the next use: this one, or whoever asks only after a refresh would never get that far.
+            return self._update_all(lake, forget=forget)
 
     def _update_all(self, lake: Lake, *, forget: bool) -> IndexReport:
         started = time.monotonic()
@@ -275,13 +338,7 @@ class LakeIndex:
         for table in TABLES:
             snapshot = lake.snapshot(table)
             versions[table] = snapshot.version
-            with self._shared.env.begin() as txn:
-                stamp = None if forget else self._stamp(txn, table)
-            if (
-                stamp is not None
-                and (stamp.version, stamp.fingerprint) == (snapshot.version, snapshot.fingerprint)
-                and not (stamp.skipped and _readable_again(snapshot, stamp.skipped))
-            ):
+            if not forget and self._covers(snapshot):
                 continue
             added, anew = self._growing(snapshot, forget=forget)
             rows += added
@@ -291,23 +348,49 @@ class LakeIndex:
             versions=versions, rows_added=rows, rebuilt=tuple(rebuilt), seconds=time.monotonic() - started
         )
 
+    def _covers(self, snapshot: Snapshot) -> bool:
+        with self._reading() as shared, shared.env.begin() as txn:
+            stamp = self._stamp(txn, snapshot.table)
+        return (
+            stamp is not None
+            and (stamp.version, stamp.fingerprint) == (snapshot.version, snapshot.fingerprint)
+            and not (stamp.skipped and readable_again(snapshot, stamp.skipped))
+        )
+
     def _growing(self, snapshot: Snapshot, *, forget: bool) -> tuple[int, bool]:
         """Updates one table's part, with a larger map if the present one is full."""
         with self._shared.lock:
             while True:
+                # Grown outside of the use, when nobody else is inside either: it ends every transaction under way.
+                with self._using(self._not_updated) as shared:
+                    full_bytes: int = shared.env.info()["map_size"]
+                    try:
+                        with shared.writing() as txn:
+                            added, anew = self._update_table(txn, snapshot, forget=forget)
+                            pages: int = txn.stat(shared.databases[snapshot.table])["leaf_pages"]
+                        if min(added, pages) >= RENEW_PAGES:
+                            shared.renew_after_use()
+                        return added, anew
+                    except lmdb.MapFullError:
+                        pass
+                    except lmdb.MapResizedError:
+                        full_bytes = 0  # another process has grown it
                 try:
-                    with self._shared.env.begin(write=True) as txn:
-                        return self._update_table(txn, snapshot, forget=forget)
-                except lmdb.MapFullError:
-                    self._shared.env.set_mapsize(self._shared.env.info()["map_size"] * 2)
-                except lmdb.MapResizedError:
-                    self._shared.env.set_mapsize(0)  # another process has grown it
+                    self._shared.grow(full_bytes)
+                except lmdb.Error as error:
+                    raise self._not_updated(error) from error
+
+    def _not_updated(self, error: lmdb.Error) -> UnavailableError:
+        return UnavailableError(
+            f"the index {self.path} cannot be brought up to date: {error}",
+            hint="free space on its disk; it is a cache, and may be deleted while nothing uses it",
+        )
 
     def _update_table(self, txn: lmdb.Transaction, snapshot: Snapshot, *, forget: bool) -> tuple[int, bool]:
         table = snapshot.table
         # Read inside the write transaction: another process may have done the work meanwhile.
         stamp = self._stamp(txn, table)
-        new_files = None if forget or stamp is None else _files_since(snapshot, stamp)
+        new_files = None if forget or stamp is None else files_since(snapshot, stamp)
         anew = new_files is None
         if new_files is None:
             if stamp is not None and not forget:
@@ -319,7 +402,7 @@ class LakeIndex:
             new_files = sorted(snapshot.files.values(), key=lambda entry: (entry.epoch, entry.min_seq))
         rows = 0
         known = () if anew or stamp is None else stamp.skipped
-        again = _readable_again(snapshot, known)
+        again = readable_again(snapshot, known)
         skipped = [path for path in known if path in snapshot.files and path not in again]
         for entry in [*new_files, *(snapshot.files[path] for path in again)]:
             added, is_whole = self._add_file(txn, snapshot, entry)
@@ -342,7 +425,7 @@ class LakeIndex:
     def _add_file(self, txn: lmdb.Transaction, snapshot: Snapshot, entry: FileEntry) -> tuple[int, bool]:
         """Adds the rows of a file; returns how many, and whether those were all."""
         rows = 0
-        batches, is_whole = _identities(snapshot, entry)
+        batches, is_whole = identities_in(snapshot, entry)
         for batch in batches:
             self._add_batch(txn, snapshot.table, batch)
             rows += batch.num_rows
@@ -359,7 +442,7 @@ class LakeIndex:
         ]
         # Sorted, neighbours land on the same page: fewer pages are written.  The first position of a key stays: a
         # later row of the same key is a repetition.
-        items = sorted((key, place + check_of(key, place)) for key, place in _items(table, batch, places))
+        items = sorted((key, place + check_of(key, place)) for key, place in items_of(table, batch, places))
         with txn.cursor(db=self._shared.databases[table]) as cursor:
             cursor.putmulti(items, overwrite=False)
 
@@ -375,92 +458,3 @@ class LakeIndex:
 
     def _stamp(self, txn: lmdb.Transaction, table: Table) -> Stamp | None:
         return read_stamp(txn, self._shared.meta, table)
-
-
-def _identities(snapshot: Snapshot, entry: FileEntry) -> tuple[Iterator[Any], bool]:
-    """Returns the identities in a file, as Arrow batches, and whether they are all: of a damaged one what is sound."""
-    damage = find_damage(snapshot.directory, entry)
-    if damage is None:
-        return _whole_file(snapshot, entry), True
-    Quarantine(snapshot.directory).add(entry, damage)
-    if damage.groups is None:
-        return iter(()), False
-    found: list[Any] = []
-    groups = len(entry.checksums.parts) - 1 if entry.checksums else 0
-    for group in range(groups):
-        content = salvage_group(snapshot.table, snapshot.directory, entry, group)
-        if content is not None:
-            found.append(content)
-    return iter(found), len(found) == groups
-
-
-def _whole_file(snapshot: Snapshot, entry: FileEntry) -> Iterator[Any]:
-    with pq.ParquetFile(snapshot.directory / entry.path, page_checksum_verification=entry.checksums is None) as parquet:
-        for batch in parquet.iter_batches(batch_size=65_536, columns=IDENTITY_COLUMNS[snapshot.table]):
-            moved(batch.nbytes)
-            yield batch
-
-
-def _readable_again(snapshot: Snapshot, skipped: Sequence[str]) -> list[str]:
-    """Returns the files that were damaged, and are in quarantine no more: put back in their place."""
-    if not skipped:
-        return []
-    damaged = Quarantine(snapshot.directory).files()
-    return [path for path in skipped if path in snapshot.files and path not in damaged]
-
-
-def _event_key(raw_id: bytes, namespace: str) -> bytes:
-    return raw_id + namespace.encode()
-
-
-def _version_key(namespace: str, key: str, version: int) -> bytes:
-    raw = namespace.encode()
-    hasher = blake2b(len(raw).to_bytes(8, "little") + raw + key.encode(), digest_size=16)
-    return hasher.digest() + _VERSION.pack(version)
-
-
-def _items(table: Table, batch: Any, places: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    if table == "contexts":
-        refs, forms = batch.column("ref").to_pylist(), batch.column("form").to_pylist()
-        return [
-            (digest_to_bytes(ref[-32:]), place)
-            for ref, form, place in zip(refs, forms, places, strict=True)
-            if form != "touch"
-        ]
-    namespaces = batch.column("namespace").to_pylist()
-    if table == "events":
-        column = batch.column("event_id")
-        ids = (column.storage if isinstance(column, pa.ExtensionArray) else column).to_pylist()
-        return [
-            (_event_key(raw, namespace), place) for raw, namespace, place in zip(ids, namespaces, places, strict=True)
-        ]
-    keys, versions = batch.column("key").to_pylist(), batch.column("version").to_pylist()
-    return [
-        (_version_key(namespace, key, version), place)
-        for namespace, key, version, place in zip(namespaces, keys, versions, places, strict=True)
-    ]
-
-
-def _files_since(snapshot: Snapshot, stamp: Stamp) -> list[FileEntry] | None:
-    """Returns the files with rows that a stamp does not cover; None when the stamp is not of this table's past."""
-    if stamp.table_id != snapshot.table_id or stamp.version > snapshot.version:
-        return None
-    try:
-        covered = read_commit(snapshot.directory, stamp.version)
-        if covered is None or covered.fingerprint != stamp.fingerprint:
-            return None
-        unknown = set(stamp.skipped)
-        entries: list[FileEntry] = []
-        for version in range(stamp.version + 1, snapshot.version + 1):
-            commit = read_commit(snapshot.directory, version)
-            if commit is None:
-                return None
-            # What compaction makes of files that are known, all of them, holds nothing new.
-            if commit.info.get("action") == "compact" and unknown.isdisjoint(gone.path for gone in commit.removals):
-                continue
-            entries.extend(commit.adds)
-            unknown.update(entry.path for entry in commit.adds)
-    except TornCommitError:
-        return None
-    live = [entry for entry in entries if entry.path in snapshot.files]
-    return sorted(live, key=lambda entry: (entry.epoch, entry.min_seq))

@@ -16,6 +16,7 @@ import lmdb
 import msgspec
 
 from holdfast.lake.index_seal import check_entries, reason_to_discard, seal
+from holdfast.lake.memory import give_back
 from holdfast.schemas.errors import ConfigurationError, UnavailableError
 
 if TYPE_CHECKING:
@@ -105,9 +106,14 @@ class Environment:
         self._root = root
         self._opened: _Opened | None = self._open()
         self._is_damaged = False
+        self._held_back = 0
+        self._is_outgrown = False
+        self._is_swollen = False
         self._users = 0
         self._changed = threading.Condition()
+        self._inside = threading.local()
         self.lock = threading.Lock()
+        """For whoever writes, before :meth:`in_use`: who grows the map holds it, and waits for all users."""
 
     @property
     def env(self) -> lmdb.Environment:
@@ -138,14 +144,61 @@ class Environment:
     def in_use(self) -> Generator[None]:
         """Keeps the environment open while the block lasts, and opens it anew before that when it has failed.
 
-        Re-entrant: a use within a use never waits.
+        Waits while it is to be opened anew, or its map to be grown.  Re-entrant: a use within a use never waits.
         """
         self._begin()
+        self._inside.depth = self._depth() + 1
         try:
             yield
         finally:
+            self._inside.depth -= 1
             with self._changed:
                 self._users -= 1
+                self._changed.notify_all()
+
+    def _depth(self) -> int:
+        depth: int = getattr(self._inside, "depth", 0)
+        return depth
+
+    @contextmanager
+    def writing(self) -> Generator[lmdb.Transaction]:
+        """A write transaction: committed after the block, aborted when that raises.  For within :meth:`in_use`."""
+        txn = self.env.begin(write=True)
+        try:
+            yield txn
+        except BaseException:
+            # py-lmdb aborts in a moment in which no other thread is inside a call of it.  Of threads that read all the
+            # time one always is: whoever comes now waits.
+            with self._changed:
+                self._held_back += 1
+            try:
+                txn.abort()
+            finally:
+                with self._changed:
+                    self._held_back -= 1
+                    self._changed.notify_all()
+            raise
+        txn.commit()
+
+    def grow(self, full_bytes: int) -> None:
+        """Doubles a map that was found to be full at that size; with 0, takes over what another process has made of it.
+
+        Not to be called within :meth:`in_use`, for it waits until nobody is inside: a change of the map ends every
+        transaction of the process.
+        """
+        with self._changed:
+            self._held_back += 1
+            try:
+                while self._users:
+                    self._changed.wait()
+                if self._opened is None:
+                    return  # closed meanwhile; whoever opens it takes the size from the file
+                if full_bytes == 0:
+                    self._opened.env.set_mapsize(0)
+                elif self._opened.env.info()["map_size"] == full_bytes:
+                    self._opened.env.set_mapsize(full_bytes * 2)
+            finally:
+                self._held_back -= 1
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -160,8 +213,21 @@ class Environment:
         """Has an empty environment begun once nobody uses this one: it is damaged."""
         self._is_damaged = True
 
+    def renew_after_use(self) -> None:
+        """Has the environment opened anew once nobody is inside: LMDB keeps the memory of as many pages as its greatest
+        transaction has written, up to 512 MiB, for as long as it is open."""
+        self._is_swollen = True
+
+    def take_over_after_use(self) -> None:
+        """Has the size that another process has given the map taken over once nobody is inside."""
+        self._is_outgrown = True
+
     def _begin(self) -> None:
         with self._changed:
+            while not self._depth() and (self._held_back or (self._users and self._is_to_be_left())):
+                self._changed.wait()
+            if self._users == 0 and self._is_swollen:
+                self._renew()
             while self._users == 0 and self._has_failed():
                 # Nobody is inside a transaction: only then may it be closed.
                 self.close()
@@ -175,6 +241,26 @@ class Environment:
                 self._opened = self._open()
             self._users += 1
 
+    def _is_to_be_left(self) -> bool:
+        return self._is_outgrown or self._is_damaged or self._is_swollen
+
+    def _renew(self) -> None:
+        self._is_swollen = False
+        if self._opened is None or self._is_damaged:
+            return
+        epochs = self._opened.epochs
+        self._opened.env.close()
+        self._opened = None  # until it is open again: what fails here is opened, and checked, as any other
+        try:
+            self._opened = _databases_of(_environment(self._root), epochs)
+        except lmdb.Error:
+            logger.warning(
+                "index could not be opened again",
+                exc_info=True,
+                extra={"action": "index_reopened", "path": str(self._root)},
+            )
+        give_back()
+
     def _open(self) -> _Opened:
         try:
             return _open_environment(self._root)
@@ -187,8 +273,11 @@ class Environment:
     def _has_failed(self) -> bool:
         if self._opened is None or self._is_damaged:
             return True
+        self._is_outgrown = False
         try:
             self._opened.env.begin().abort()
+        except lmdb.MapResizedError:
+            self._opened.env.set_mapsize(0)  # another process has grown it
         except lmdb.PanicError:
             return True
         return False
@@ -235,9 +324,7 @@ class _ForeignIndexError(Exception):
 
 def _try_open(root: Path) -> _Opened:
     root.mkdir(parents=True, exist_ok=True)
-    env = lmdb.open(
-        str(root), map_size=_map_bytes(root), max_dbs=8, metasync=False, sync=True, readahead=False, max_readers=512
-    )
+    env = _environment(root)
     try:
         # Reading a mapped page that the file does not have is a bus error, which nothing can catch.
         used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
@@ -250,21 +337,30 @@ def _try_open(root: Path) -> _Opened:
                 txn.put(b"format", FORMAT, db=meta)
             elif found != FORMAT:
                 raise _ForeignIndexError(f"format is {found[:40]!r}, this release writes {FORMAT!r}")
-        databases: dict[Table, Any] = {table: env.open_db(name) for table, name in _DATABASES.items()}
+        opened = _databases_of(env, {})
 
         def stated(txn: lmdb.Transaction, table: Table) -> int | None:
             stamp = read_stamp(txn, meta, table)
             return None if stamp is None else stamp.entries
 
-        wrong = check_entries(root, env, databases, stated, is_sound)
+        wrong = check_entries(root, env, opened.databases, stated, is_sound)
         if wrong is not None:
             raise _ForeignIndexError(wrong)
-        opened = _Opened(env, meta, databases, {})
         opened.epochs.update(read_epochs(opened))
     except BaseException:
         env.close()
         raise
     return opened
+
+
+def _environment(root: Path) -> lmdb.Environment:
+    return lmdb.open(
+        str(root), map_size=_map_bytes(root), max_dbs=8, metasync=False, sync=True, readahead=False, max_readers=512
+    )
+
+
+def _databases_of(env: lmdb.Environment, epochs: dict[int, str]) -> _Opened:
+    return _Opened(env, env.open_db(b"meta"), {table: env.open_db(name) for table, name in _DATABASES.items()}, epochs)
 
 
 def _map_bytes(root: Path) -> int:

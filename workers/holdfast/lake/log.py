@@ -17,6 +17,7 @@ every reader: the set of files is never another one silently.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -26,9 +27,9 @@ from typing import Any, Final
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from holdfast.lake.log_copies import checkpoint_is_sound, digest_of, read_copy
+from holdfast.lake.parquet_reading import read_columns
 from holdfast.schemas.errors import IntegrityError
 from holdfast.schemas.rows import Anchor, Position, Table
 
@@ -302,14 +303,15 @@ def entry_of(
 
 def list_versions(directory: Path) -> list[int]:
     """Returns the versions of all commit files, ascending; empty when there is no table."""
-    return _list(directory, _COMMIT_NAME)
+    return list_log(directory)[0]
 
 
-def _list(directory: Path, pattern: re.Pattern[str]) -> list[int]:
+def list_log(directory: Path) -> tuple[list[int], list[int]]:
+    """Returns the versions of all commit files and those of all checkpoints, each ascending, of one look."""
     log = directory / LOG_DIRECTORY
-    if not log.is_dir():
-        return []
-    return sorted(int(match[1]) for path in log.iterdir() if (match := pattern.match(path.name)))
+    names = os.listdir(log) if log.is_dir() else []  # noqa: PTH208  a Path for each of 100,000 names takes a second
+    commits = sorted(int(match[1]) for name in names if (match := _COMMIT_NAME.match(name)))
+    return commits, sorted(int(match[1]) for name in names if (match := _CHECKPOINT_NAME.match(name)))
 
 
 def checkpoint_path(directory: Path, version: int) -> Path:
@@ -319,17 +321,29 @@ def checkpoint_path(directory: Path, version: int) -> Path:
 
 def list_checkpoints(directory: Path) -> list[int]:
     """Returns the versions of all checkpoints, ascending."""
-    return _list(directory, _CHECKPOINT_NAME)
+    return list_log(directory)[1]
 
 
 def load_snapshot(table: Table, directory: Path) -> Snapshot | None:
     """Returns the newest whole version of a table, or None when there is no table.
 
-    Starts at the newest checkpoint that can be read; one that cannot is passed over, since the commits that it
-    summarises are still there.  A torn last commit is left out.
+    Starts at the newest checkpoint that can be read; one that cannot is passed over, since an earlier one and the
+    commits after it say the same.  A torn last commit is left out.
     """
+    checkpoints = list_checkpoints(directory)
+    while True:
+        try:
+            return _load_from(table, directory, checkpoints)
+        except IntegrityError:
+            # Who was stopped for hours between listing and reading finds the log cleaned: told by what is there now.
+            listed, checkpoints = checkpoints, list_checkpoints(directory)
+            if checkpoints == listed:
+                raise
+
+
+def _load_from(table: Table, directory: Path, checkpoints: Sequence[int]) -> Snapshot | None:
     base: Snapshot | None = None
-    for version in reversed(list_checkpoints(directory)):
+    for version in reversed(checkpoints):
         try:
             base = read_checkpoint(table, directory, version)
             break
@@ -416,7 +430,7 @@ def read_checkpoint(table: Table, directory: Path, version: int) -> Snapshot:
     columns = ["add", "remove", "txn", "metaData"]
     if not checkpoint_is_sound(directory, version, checkpoint_path(directory, version)):
         raise IntegrityError("it is not what was written", hint="an earlier one and the commits since say the same")
-    content = pq.read_table(checkpoint_path(directory, version), columns=columns)
+    content = read_columns(checkpoint_path(directory, version), columns)
     adds: list[dict[str, Any]] = content.column("add").drop_null().to_pylist()
     removes: list[dict[str, Any]] = content.column("remove").drop_null().to_pylist()
     txns: list[dict[str, Any]] = content.column("txn").drop_null().to_pylist()

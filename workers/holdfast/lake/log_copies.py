@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import uuid
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 DIRECTORY: Final = "_log_copy"
 
 _CHECKSUM: Final = re.compile(rb"[0-9a-f]{64}")
+_NAME: Final = re.compile(r"(\d{20})\.(?:json|checkpoint\.sha256)")
 
 _ENCODER: Final = msgspec.msgpack.Encoder(order="deterministic")
 
@@ -103,3 +105,16 @@ def drop_copies(directory: Path, versions: Iterable[int]) -> None:
     """Removes the copies of commits that were removed themselves."""
     for version in versions:
         copy_path(directory, version).unlink(missing_ok=True)
+
+
+def drop_copies_before(directory: Path, before: int, *, commits: Iterable[int], checkpoints: Iterable[int]) -> None:
+    """Removes every copy and checksum of a version below ``before`` but those of ``commits`` and ``checkpoints``: also
+    what somebody left who was killed before he came to it."""
+    folder = directory / DIRECTORY
+    kept = {copy_path(directory, version).name for version in commits}
+    kept |= {checksum_path(directory, version).name for version in checkpoints}
+    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208  a Path for each of 100,000 takes a second
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is not None and int(match[1]) < before and name not in kept:
+            (folder / name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ For processes that write.  A damaged commit file is moved aside, never removed, 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ from holdfast.lake.log import (
     LOG_DIRECTORY,
     Commit,
     Snapshot,
+    checkpoint_path,
     commit_path,
     fingerprint_of,
     list_checkpoints,
@@ -24,13 +26,15 @@ from holdfast.lake.log import (
     parse_commit,
     read_checkpoint,
 )
-from holdfast.lake.log_copies import copy_path, keep_copy, read_copy
+from holdfast.lake.log_copies import checkpoint_is_sound, copy_path, keep_copy, read_copy
+from holdfast.lake.parquet_reading import read_columns
 from holdfast.schemas.errors import IntegrityError
 
 logger = logging.getLogger(__name__)
 
 DAMAGED_DIRECTORY: Final = "damaged"
-_HINT: Final = "_last_checkpoint"
+LAST_CHECKPOINT: Final = "_last_checkpoint"
+"""deltalake's hint of the newest checkpoint."""
 
 _UNREADABLE: Final = (ValueError, TypeError, AttributeError, RecursionError)
 
@@ -67,7 +71,10 @@ def differing_commits(directory: Path) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     later: Commit | None = None
     for version in reversed(list_versions(directory)):
-        raw = commit_path(directory, version).read_bytes()
+        try:
+            raw = commit_path(directory, version).read_bytes()
+        except FileNotFoundError:
+            continue  # cleaned away since it was listed
         commit = _parsed(version, raw)
         copy = read_copy(directory, version)
         if commit is None:
@@ -119,14 +126,30 @@ def checkpoint_says(base: Snapshot) -> bool:
     return (found.files, found.transactions) == (base.files, base.transactions)
 
 
-def drop_bad_hint(directory: Path) -> None:
-    """Removes ``_last_checkpoint`` when it names no checkpoint that is there: it only saves deltalake a listing."""
-    hint = directory / LOG_DIRECTORY / _HINT
+def require_readable_checkpoint(directory: Path, version: int) -> None:
+    """Raises OSError or ArrowException when a checkpoint is not what was written, or cannot be read.
+
+    One without a checksum counts as sound, and may have been torn by a power cut: it is read.
+    """
+    path = checkpoint_path(directory, version)
+    if not checkpoint_is_sound(directory, version, path):
+        raise OSError("it is not what was written")
+    read_columns(path, ["txn", "metaData", "add"])
+
+
+def drop_bad_hint(directory: Path, *, going: Collection[int] = ()) -> bool:
+    """Removes ``_last_checkpoint`` when it names no checkpoint that is there and will stay; returns whether it did.
+
+    Nothing is lost by it: it only saves deltalake a listing.
+    """
+    hint = directory / LOG_DIRECTORY / LAST_CHECKPOINT
     try:
         named = msgspec.json.decode(hint.read_bytes(), type=dict)["version"]
     except FileNotFoundError:
-        return
+        return False
     except (ValueError, KeyError, TypeError):
         named = None
-    if named not in list_checkpoints(directory):
-        hint.unlink(missing_ok=True)
+    if named in list_checkpoints(directory) and named not in going:
+        return False
+    hint.unlink(missing_ok=True)
+    return True

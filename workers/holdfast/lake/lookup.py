@@ -13,7 +13,8 @@ import os
 import threading
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from holdfast.lake.checksums import Damage, damage_of_parts, part_is_sound, readable, seq_ranges, whole_damage
 from holdfast.lake.columns import to_rows
@@ -29,6 +29,7 @@ from holdfast.lake.index_environment import IndexDamagedError
 from holdfast.lake.joints import assemble
 from holdfast.lake.manifests import check_size, decode_manifest, join, require_chunks
 from holdfast.lake.memory import moved
+from holdfast.lake.parquet_reading import open_parquet, read_group
 from holdfast.lake.quarantine import Quarantine, damaged_error
 from holdfast.schemas.errors import DigestMismatchError, IntegrityError
 from holdfast.schemas.refs import Digest, compute_digest
@@ -43,6 +44,9 @@ K = TypeVar("K")
 
 OPEN_FILES: Final = 64
 """How many files are kept open.  A footer of 125 row groups takes ~0.5 MB of memory."""
+
+READERS: Final = 2
+"""Threads that read row groups ahead of calls that want several; a call has one group ahead of it."""
 
 KEPT_GROUPS: Final = 8
 """How many decoded row groups a call keeps while it looks up the parts of joints: 24 MiB of bodies."""
@@ -65,9 +69,11 @@ class Lookup:
         self._index = index
         self._files = _OpenFiles(open_files)
         self._maps: dict[Table, _FileMap] = {}
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="holdfast-read-ahead")
 
     def close(self) -> None:
         """Closes the files; the lake and the index are the caller's."""
+        self._readers.shutdown()
         self._files.close()
 
     def __enter__(self) -> Self:
@@ -124,6 +130,10 @@ class Lookup:
             self._require_same("key_versions", key, (row.namespace, row.key, row.version), positions[key])
         return found
 
+    def rows_at(self, table: Table, positions: Iterable[Position]) -> dict[Position, Row]:
+        """Returns the rows at these positions, as they are stored; raises IntegrityError when one is not there."""
+        return self._read(table, positions)
+
     def _find(self, table: Table, wanted: list[K], find: Callable[[list[K]], dict[K, Position]]) -> dict[K, Position]:
         """Returns the positions of what the lake holds; raises DamagedError when damage hides whether it does."""
         try:
@@ -131,10 +141,7 @@ class Lookup:
         except IndexDamagedError:
             positions = {}  # the refresh builds it anew
         if len(positions) < len(wanted):
-            self._index.refresh(self._lake)
-            positions = find(wanted)
-        if len(positions) < len(wanted):
-            self._index.require_complete(self._lake.snapshot(table))
+            positions = self._index.require(self._lake, table, wanted)
         return positions
 
     def _require_same(self, table: Table, key: object, actual: object, position: Position) -> None:
@@ -217,22 +224,41 @@ class Lookup:
         )
 
     def _read_from(self, files: _FileMap, wanted: set[Position], groups: _Groups) -> dict[Position, Row]:
-        by_group: dict[tuple[str, int], list[int]] = defaultdict(list)
+        by_file: dict[str, list[int]] = defaultdict(list)
         entries: dict[str, FileEntry] = {}
         for position in wanted:
             for entry in files.candidates(position):
                 entries[entry.path] = entry
-                for group in self._files.get(files.directory, entry).groups_of(position.seq):
-                    by_group[entry.path, group].append(position.seq)
+                by_file[entry.path].append(position.seq)
+        places = (
+            (file, group, of_group)
+            # One file after another, each opened once however many are kept open.
+            for path, of_file in sorted(by_file.items())
+            for file in [self._files.get(files.directory, entries[path])]
+            for group, of_group in file.by_group(of_file)
+        )
         rows: dict[Position, Row] = {}
-        for (path, group), seqs in sorted(by_group.items()):
-            file = files.directory / path
-            content = _with_seqs(groups.get(self._files.get(files.directory, entries[path]), file, group), seqs)
-            for row in to_rows(files.table, content):
+        for content, seqs in self._one_ahead(places, groups):
+            for row in to_rows(files.table, _with_seqs(content, seqs)):
                 position = Position(row.epoch, row.seq)
                 if position in wanted:
                     rows[position] = row
         return rows
+
+    def _one_ahead(
+        self, places: Iterator[tuple[_OpenFile, int, list[int]]], groups: _Groups
+    ) -> Iterator[tuple[Any, list[int]]]:
+        """Yields row groups with the sequences wanted of each; while rows are made of one, another thread reads the
+        next, which pyarrow does without Python's lock."""
+        here = next(places, None)
+        if here is None:
+            return
+        content = groups.get(here[0], here[1])
+        for there in places:
+            reading = self._readers.submit(groups.get, there[0], there[1])
+            yield content, here[2]
+            here, content = there, reading.result()
+        yield content, here[2]
 
     def _file_map(self, table: Table) -> _FileMap:
         snapshot = self._lake.snapshot(table)
@@ -291,7 +317,7 @@ class _OpenFile:
     def __init__(self, directory: Path, entry: FileEntry) -> None:
         self.directory = directory
         self.entry = entry
-        self._path = path = directory / entry.path
+        self.path = path = directory / entry.path
         self._lock = threading.Lock()
         checksums = entry.checksums
         try:
@@ -306,9 +332,7 @@ class _OpenFile:
                 raise FoundDamageError(entry, damage_of_parts(directory, entry, [len(checksums.parts) - 1]))
             with readable(path):
                 # With checksums of our own those of the pages say nothing more, and cost as much.
-                self._parquet: Any = pq.ParquetFile(
-                    self._source, pre_buffer=False, page_checksum_verification=checksums is None
-                )
+                self._parquet: Any = open_parquet(self._source, checks_pages=checksums is None)
         except FileNotFoundError as error:
             raise FoundDamageError(entry, whole_damage(entry, "the file is missing")) from error
         except IntegrityError as error:
@@ -321,14 +345,22 @@ class _OpenFile:
         group = bisect_left(self._ends, seq)
         return [group] if group < len(self._ends) and self._starts[group] <= seq else []
 
+    def by_group(self, seqs: Iterable[int]) -> list[tuple[int, list[int]]]:
+        """Returns the row groups that may hold these sequences, in order, with those of each."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for seq in seqs:
+            for group in self.groups_of(seq):
+                found[group].append(seq)
+        return sorted(found.items())
+
     def read(self, group: int) -> Any:
         checksums = self.entry.checksums
         with self._lock:
             try:
                 if checksums is not None and not self._part_is_sound(group):
                     raise FoundDamageError(self.entry, damage_of_parts(self.directory, self.entry, [group]))
-                with readable(self._path):
-                    content = self._parquet.read_row_group(group, use_threads=False)
+                with readable(self.path):
+                    content = read_group(self._parquet, group)
             except FileNotFoundError as error:
                 raise FoundDamageError(self.entry, whole_damage(self.entry, "the file is missing")) from error
             except IntegrityError as error:
@@ -363,7 +395,8 @@ class _Groups:
     def __init__(self) -> None:
         self._groups: OrderedDict[tuple[Path, int], Any] = OrderedDict()
 
-    def get(self, file: _OpenFile, path: Path, group: int) -> Any:
+    def get(self, file: _OpenFile, group: int) -> Any:
+        path = file.path
         content = self._groups.get((path, group))
         if content is None:
             content = self._groups[path, group] = file.read(group)

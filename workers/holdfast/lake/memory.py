@@ -4,7 +4,8 @@ Arrow's allocator (mimalloc) keeps freed pages with the thread that used them, a
 threads that had looked up a thousand contexts each left a process at 441 MiB, of which it used 110.  So whoever reads
 row groups says how much (:func:`moved`), and every ``KEPT_BYTES`` its thread gives back what is free.  That
 costs the next reads their pages: one cold look-up took 2.65 ms without it, 2.7 to 2.85 with 64 MiB, 3.1 with 16; a
-thousand at once 96, 116 and 128.  Not the archiver, which uses again at once what it has freed.
+thousand at once 96, 116 and 128.  What the archiver writes is not counted, since it uses again at once what that has
+freed; what its thread reads is, by its index and its look-ups, as anybody's.
 
 DuckDB's allocator (jemalloc) gives back what has been free for some seconds, but only while it is called, or with a
 thread of its own: see ``allocator_background_threads`` in :mod:`holdfast.lake.duck`.

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from holdfast.lake.checksums import Damage, RowRange, seq_ranges
+from holdfast.lake.parquet_reading import open_parquet, read_group
 from holdfast.schemas.errors import HoldfastError
 from holdfast.schemas.refs import parse_ref
 
@@ -32,9 +32,9 @@ IDENTITY_COLUMNS: Final[dict[Table, list[str]]] = {
 def salvage_group(table: Table, directory: Path, entry: FileEntry, group: int) -> Any | None:
     """Returns the identity columns of a damaged row group as an Arrow table; None when they cannot be believed."""
     try:
-        with pq.ParquetFile(directory / entry.path, page_checksum_verification=True) as parquet:
+        with open_parquet(directory / entry.path) as parquet:
             span = seq_ranges(parquet.metadata)[group]
-            content = parquet.read_row_group(group, columns=IDENTITY_COLUMNS[table], use_threads=False)
+            content = read_group(parquet, group, IDENTITY_COLUMNS[table])
         return content if _agrees(table, content, entry, span) else None
     except (OSError, pa.ArrowException, HoldfastError, ValueError, IndexError):
         return None

@@ -14,7 +14,6 @@ from typing import Any, Final, cast
 import duckdb
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from holdfast.lake import quarantine
 from holdfast.lake.checksums import Damage, find_damage, sha256_of, whole_damage
@@ -33,6 +32,7 @@ from holdfast.lake.log import (
 from holdfast.lake.log_copies import checkpoint_is_sound
 from holdfast.lake.log_repair import differing_commits
 from holdfast.lake.manifests import check_manifests
+from holdfast.lake.parquet_reading import open_parquet, read_batches, read_group
 from holdfast.lake.salvage import name_rows
 from holdfast.lake.views import quote, view_statements
 from holdfast.schemas import limits
@@ -111,9 +111,13 @@ def _check_log_files(root: Path, checked: Counter[str]) -> Iterator[Problem]:
                 next_step="start holdfast up: it mends the commit from its copy, if that is sound",
             )
         for version in list_checkpoints(directory):
-            checked["checkpoints"] += 1
             path = checkpoint_path(directory, version)
-            if not checkpoint_is_sound(directory, version, path):
+            try:
+                is_sound = checkpoint_is_sound(directory, version, path)
+            except FileNotFoundError:
+                continue  # cleaned away since it was listed
+            checked["checkpoints"] += 1
+            if not is_sound:
                 yield Problem(
                     invariant="I5",
                     object=str(path),
@@ -203,9 +207,9 @@ def _check_file(snapshot: Snapshot, entry: FileEntry, checked: Counter[str]) -> 
     watermark = snapshot.transactions.get(f"{snapshot.table}/{entry.epoch}")
     rows = contexts = 0
     previous = entry.min_seq - 1
-    with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+    with open_parquet(path) as parquet:
         for group in range(parquet.num_row_groups):
-            content = parquet.read_row_group(group)
+            content = read_group(parquet, group)
             rows += content.num_rows
             for row in to_rows(snapshot.table, content):
                 if row.epoch != entry.epoch or not previous < row.seq <= entry.max_seq:
@@ -254,8 +258,9 @@ def _check_overlaps(snapshot: Snapshot, epoch: str, ranges: list[tuple[int, int,
 
 
 def _sequences(snapshot: Snapshot, path: str) -> set[int]:
-    column = pq.ParquetFile(snapshot.directory / path).read(columns=["stream_seq"]).column("stream_seq")
-    return set(cast("list[int]", column.to_pylist()))
+    with open_parquet(snapshot.directory / path, checks_pages=False) as parquet:
+        batches = read_batches(parquet, ["stream_seq"])
+        return {seq for batch in batches for seq in cast("list[int]", batch.column("stream_seq").to_pylist())}
 
 
 _IDENTITIES: Final[dict[Table, tuple[str, str]]] = {

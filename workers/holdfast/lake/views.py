@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from holdfast.lake.columns import COLUMNS
 from holdfast.lake.joints import DEPTH
+from holdfast.schemas import limits
 from holdfast.schemas.ids import PACKED_DIGITS, PACKED_MARK, PACKED_TAIL
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ STORED: Final[dict[Table, str]] = {"contexts": "contexts_stored", "events": "eve
 # Tried instead: unfolding each distinct chunk once, below the join with the manifests, counts in a third of the time,
 # but puts every chunk of the lake together to show one body, and so did correlated subqueries.  The pieces are gathered
 # as they are and turned to hex late: DuckDB joins blobs only as text, and gathering that would take three times the
-# memory.
+# memory.  A piece's place is a number with a digit for each level, which sorts faster than a list of them.  Of several
+# pieces at one place the first counts, the joint's if one unfolded there: a chunk may be in the lake twice when damaged
+# files were healed, and leaving out the second here costs what the numbers save, counting rows of a chunk below the
+# join another pass over all of them.
 _MANIFESTS: Final = """
 WITH manifests AS (
     SELECT ref, namespace, kind, content_type, size, created_at, expires_at, epoch, stream_seq, day,
@@ -54,7 +58,8 @@ WITH manifests AS (
 ), parts_0 AS (
     SELECT * EXCLUDE manifest, manifest.tail AS tail,
         'ctx_chunk_' || unnest(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END) AS chunk,
-        [generate_subscripts(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END, 1)] AS path,
+        generate_subscripts(CASE WHEN len(manifest.chunks) > 0 THEN manifest.chunks ELSE [NULL] END, 1)::HUGEINT
+            AS place,
         true AS is_open
     FROM manifests
 )"""
@@ -66,8 +71,8 @@ _UNFOLDED: Final = """, found_{level} AS (
         FROM contexts_stored WHERE form = 'joint'
     ) AS joint ON joint.ref = CASE WHEN part.is_open THEN part.chunk END AND joint.namespace = part.namespace
 ), parts_{level} AS (
-    SELECT * EXCLUDE (chunk, chunks, path, is_open), unnest(chunks) AS chunk,
-        list_append(path, generate_subscripts(chunks, 1)) AS path,
+    SELECT * EXCLUDE (chunk, chunks, place, is_open), unnest(chunks) AS chunk,
+        place * {places} + generate_subscripts(chunks, 1) AS place,
         generate_subscripts(chunks, 1) < len(chunks) AS is_open
     FROM found_{level}
 )"""
@@ -75,19 +80,25 @@ _BODIES: Final = """, gathered AS (
     SELECT part.ref, part.namespace, part.kind, part.content_type, part.size, part.created_at, part.expires_at,
         part.epoch, part.stream_seq, part.day,
         count(*) = count(chunk.body_binary) FILTER (chunk.form = 'chunk' OR NOT part.is_open) AS is_whole,
-        list(chunk.body_binary ORDER BY part.path) AS pieces,
+        list(chunk.body_binary ORDER BY part.place, chunk.form DESC) AS pieces,
+        list(part.place ORDER BY part.place) AS places,
         any_value(part.tail) AS tail
     FROM parts_{depth} AS part LEFT JOIN contexts_stored AS chunk
         ON chunk.form IN ('chunk', 'joint') AND chunk.ref = part.chunk AND chunk.namespace = part.namespace
     GROUP BY part.ref, part.namespace, part.kind, part.content_type, part.size, part.created_at, part.expires_at,
         part.epoch, part.stream_seq, part.day
 ), joined AS (
-    SELECT * EXCLUDE (is_whole, pieces, tail),
+    SELECT * EXCLUDE (is_whole, pieces, places, tail),
         CASE WHEN is_whole THEN from_hex(
-            list_aggregate(list_transform(pieces, lambda piece: hex(piece)), 'string_agg', '')
-            || hex(coalesce(tail, ''))
+            list_aggregate(
+                list_transform(
+                    list_filter(pieces, lambda piece, i: i = 1 OR places[i] <> places[i - 1]), lambda piece: hex(piece)
+                ), 'string_agg', ''
+            ) || hex(coalesce(tail, ''))
         ) END AS bytes
     FROM gathered
+), whole AS (
+    SELECT * REPLACE (CASE WHEN octet_length(bytes) = size THEN bytes END AS bytes) FROM joined
 )
 SELECT ref, namespace, kind, content_type, body, coalesce(body_binary, encode(body)) AS body_bytes, size,
     created_at, expires_at, epoch, stream_seq, day
@@ -95,12 +106,17 @@ FROM contexts_stored WHERE form = 'plain' {and_wanted}
 UNION ALL
 SELECT ref, namespace, kind, content_type, try(decode(bytes)), bytes, size,
     created_at, expires_at, epoch, stream_seq, day
-FROM joined
+FROM whole
 """
+_PLACES: Final = 2 * limits.MANIFEST_CHUNKS
+"""More than a manifest or a joint has parts, itself counted; six levels of it are within a HUGEINT."""
 _CONTEXTS: Final = "".join(
     [
         _MANIFESTS,
-        *(_UNFOLDED.replace("{level}", str(n)).replace("{above}", str(n - 1)) for n in range(1, DEPTH + 1)),
+        *(
+            _UNFOLDED.replace("{level}", str(n)).replace("{above}", str(n - 1)).replace("{places}", str(_PLACES))
+            for n in range(1, DEPTH + 1)
+        ),
         _BODIES.replace("{depth}", str(DEPTH)),
     ]
 )
@@ -183,19 +199,21 @@ def view_statements(
     temporary: bool,
     tails: dict[Table, str] | None = None,
     damaged: Mapping[Table, Mapping[str, str]] | None = None,
+    alike: Container[Table] = (),
 ) -> Iterator[str]:
     """Yields the statements that make, or replace, all views over some snapshots; the first time over all of them.
 
     ``tails`` names, for each table, a relation of the same columns whose rows are shown as well.  ``damaged`` says, of
     files that must not be read, what is wrong with them: a statement that may concern their rows fails with those
-    words, one that is narrowed to other days does not.
+    words, one that is narrowed to other days does not.  ``alike`` names the tables whose files are known to have the
+    same columns: statements over them are planned faster.
     """
     create = "CREATE OR REPLACE TEMP VIEW" if temporary else "CREATE OR REPLACE VIEW"
     macro = "CREATE OR REPLACE TEMP MACRO" if temporary else "CREATE OR REPLACE MACRO"
     is_any = False
     for snapshot in snapshots:
         tail = (tails or {}).get(snapshot.table)
-        rows = _stored_rows(snapshot, tail, (damaged or {}).get(snapshot.table, {}))
+        rows = _stored_rows(snapshot, tail, (damaged or {}).get(snapshot.table, {}), snapshot.table in alike)
         if snapshot.table == "events":
             rows = _EVENTS.format(rows=rows)
         yield f"{create} {STORED[snapshot.table]} AS {rows}"
@@ -212,12 +230,12 @@ def view_statements(
         yield f"{macro} get_context_stats() AS TABLE {_STATS.format(now=_NOW)}"
 
 
-def _stored_rows(snapshot: Snapshot, tail: str | None, damaged: Mapping[str, str]) -> str:
+def _stored_rows(snapshot: Snapshot, tail: str | None, damaged: Mapping[str, str], are_alike: bool) -> str:
     # The empty first branch gives every column its name, place and type, whatever the files are: none at all, or
     # files of an earlier release that lack a column.
     branches = [f"SELECT {_typed_nulls(snapshot.table)} WHERE false"]
     if len(snapshot.files) > len(damaged):
-        branches.append(f"SELECT * FROM {file_scan(snapshot, damaged)}")  # noqa: S608  quoted paths
+        branches.append(f"SELECT * FROM {file_scan(snapshot, damaged, are_alike=are_alike)}")  # noqa: S608  quoted paths
     branches += [_failing_branch(snapshot, path, what) for path, what in sorted(damaged.items())]
     if tail is not None:
         branches.append(f"SELECT *, CAST(stored_at AS DATE) AS day FROM {tail}")  # noqa: S608  our own name
@@ -234,11 +252,19 @@ def _failing_branch(snapshot: Snapshot, path: str, what: str) -> str:
     return f"SELECT {', '.join(columns)} FROM range(1) WHERE {failing} IS NULL"  # noqa: S608  quoted values
 
 
-def file_scan(snapshot: Snapshot, without: Container[str] = ()) -> str:
-    """Returns a table function call that reads exactly the files of a snapshot but some; there is at least one."""
-    paths = sorted(path for path in snapshot.files if path not in without)
-    listed = ", ".join(quote(escape_glob(f"{snapshot.directory}/{path}")) for path in paths)
-    return f"read_parquet([{listed}], hive_partitioning = true, hive_types = {{'day': DATE}}, union_by_name = true)"
+def file_scan(snapshot: Snapshot, without: Container[str] = (), *, are_alike: bool = False) -> str:
+    """Returns a table function call that reads exactly the files of a snapshot but some; there is at least one.
+
+    ``are_alike``: they are known to have the same columns.
+    """
+    listed = quoted_paths(f"{snapshot.directory}/{path}" for path in sorted(snapshot.files) if path not in without)
+    unite = "" if are_alike else ", union_by_name = true"
+    return f"read_parquet([{listed}], hive_partitioning = true, hive_types = {{'day': DATE}}{unite})"
+
+
+def quoted_paths(paths: Iterable[str]) -> str:
+    """Returns paths as the items of a list in SQL."""
+    return ", ".join(quote(escape_glob(path)) for path in paths)
 
 
 def escape_glob(path: str) -> str:

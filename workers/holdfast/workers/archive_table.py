@@ -25,16 +25,14 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
 from holdfast.lake.columns import to_batch
-from holdfast.lake.lookup import Lookup
 from holdfast.schemas import limits
 from holdfast.schemas.errors import FenceError, GapError, HoldfastError, IntegrityError, InvalidFieldError, RetryError
 from holdfast.schemas.problems import Problem
-from holdfast.schemas.rows import ContextRow, EventRow, KeyVersionRow, Position, Row, Table
 from holdfast.streams.dead import bury
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import StreamInfo, begin_epoch, mark_heads_archived, stream_info
@@ -53,6 +51,7 @@ from holdfast.workers.archive_plan import (
     same_content,
 )
 from holdfast.workers.archive_run import Run
+from holdfast.workers.archived_rows import ArchivedRows
 from holdfast.workers.lost_heads import restore_heads
 from holdfast.workers.manifest_check import ManifestChecker
 from holdfast.workers.purge import ANCHORS_READ, DivergedError, check_anchors
@@ -61,6 +60,7 @@ from holdfast.workers.stream_marks import Mark, StreamMarks, lost_since, newest_
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
     from holdfast.lake.lake import Lake
+    from holdfast.schemas.rows import Position, Row, Table
     from holdfast.streams.connection import Connection
     from holdfast.streams.hot import HotTier, NewContext
     from holdfast.streams.messages import StoredMessage
@@ -117,6 +117,7 @@ class TableArchiver:
         self._lake = lake
         self._index = index
         self._executor = executor
+        self._archived = ArchivedRows(table, lake, index)
         self._manifests = ManifestChecker(hot, lake, index, self._in_thread)
         self._intake: Intake | None = None
         self._checked_reconnects = -1
@@ -157,6 +158,7 @@ class TableArchiver:
                 await self._restart()
                 return None
             if not run.spanned:
+                await self._in_thread(self._archived.settle)
                 return 0
             self.mark = await self._in_thread(run.commit)
         except BaseException as error:
@@ -188,7 +190,7 @@ class TableArchiver:
                 # Nothing of a piece that may be of another life is stored or buried: it will be read under its own.
                 break
             if not run.spanned:
-                await self._in_thread(lambda: self._index.refresh(self._lake))
+                await self._in_thread(self._archived.refresh)
             rows, rejected = await self._prepare(piece, run.decided)
             for letter in rejected:
                 await bury(self._connection, self.stream, letter.message, letter.error)
@@ -363,10 +365,10 @@ class TableArchiver:
         return info.last_seq + 1
 
     def _unarchived_in(self, messages: list[StoredMessage]) -> int | None:
-        self._index.refresh(self._lake)
+        self._archived.refresh()
         for message in messages:
             rows = decode_run(self.table, [message]).rows
-            if not (rows and self._archived(rows)):
+            if not (rows and self._archived.positions(rows)):
                 return message.seq
         return None
 
@@ -396,7 +398,7 @@ class TableArchiver:
         rejected = list(run.rejected)
         if refused:
             rejected += [Rejected(message, refused[message.seq]) for message in messages if message.seq in refused]
-        archived = await self._in_thread(lambda: self._archived(rows))
+        archived = await self._in_thread(lambda: self._archived.positions(rows))
         if self.table == "contexts":
             return await self._in_thread(
                 lambda: join_contexts(deduplicate_contexts(rows, archived, decided), archived, decided)
@@ -406,7 +408,7 @@ class TableArchiver:
         if not result.contested:
             return result.rows, rejected
         by_seq = {message.seq: message for message in messages}
-        stored = await self._in_thread(lambda: self._stored(result.contested))
+        stored = await self._in_thread(lambda: self._archived.stored(result.contested))
         for row in result.contested:
             earlier = decided.by_key.get(key_of(row)) or stored.get(key_of(row))
             if earlier is not None and same_content(earlier, row):
@@ -434,29 +436,6 @@ class TableArchiver:
         for item in inline:
             refused |= await self._intern([item])
         return refused
-
-    def _archived(self, rows: list[Row]) -> Any:
-        """Keys of these rows, of contexts their digests and those of their parts, that the lake holds already."""
-        if self.table == "contexts":
-            contexts = [row for row in rows if isinstance(row, ContextRow)]
-            parts = [digest for row in contexts for digest, _ in row.parts]
-            return self._index.find_contexts(dict.fromkeys([*(row.digest for row in contexts), *parts]))
-        if self.table == "events":
-            return self._index.find_events([(row.namespace, row.id) for row in rows if isinstance(row, EventRow)])
-        return self._index.find_key_versions(
-            [(row.namespace, row.key, row.version) for row in rows if isinstance(row, KeyVersionRow)]
-        )
-
-    def _stored(self, rows: list[Row]) -> dict[Any, Row]:
-        """The lake's own rows under the keys of these."""
-        with Lookup(self._lake, self._index) as lookup:
-            if self.table == "events":
-                return dict(lookup.get_events([(row.namespace, row.id) for row in rows if isinstance(row, EventRow)]))
-            return dict(
-                lookup.get_key_versions(
-                    [(row.namespace, row.key, row.version) for row in rows if isinstance(row, KeyVersionRow)]
-                )
-            )
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)

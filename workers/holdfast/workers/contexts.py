@@ -22,6 +22,7 @@ from holdfast.schemas.errors import (
     HoldfastError,
     InputError,
     IntegrityError,
+    RetryError,
     TooLargeError,
     UnavailableError,
 )
@@ -56,7 +57,6 @@ class ColdReader:
     """Reads stored forms from the lake by digest, batching what comes together."""
 
     def __init__(self, lake: Lake, index: LakeIndex) -> None:
-        self._lake = lake
         self._index = index
         self._lookup = Lookup(lake, index)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="holdfast-cold")
@@ -135,31 +135,22 @@ class ColdReader:
 
     async def _read(self, digests: list[Digest]) -> dict[Digest, ContextRow | HoldfastError]:
         try:
-            rows = await self.in_thread(lambda: self._read_blocking(digests))
+            # Refreshes the lake and its index itself before it leaves anything out.
+            rows = await self.in_thread(lambda: self._lookup.get_contexts(digests))
         except Exception as error:
             # Whatever it is: those who wait for this batch must be told something.
             if not isinstance(error, HoldfastError | OSError):
                 logger.exception("cold read failed", extra={"action": "cold_read_failed", "digests": len(digests)})
-            if len(digests) > 1:
-                # One damaged row must not hide the others: singly, each tells for itself.
-                outcomes: dict[Digest, ContextRow | HoldfastError] = {}
-                for digest in digests:
-                    outcomes |= await self._read([digest])
-                return outcomes
-            return {digests[0]: _typed(error)}
+            if len(digests) == 1 or isinstance(error, RetryError | OSError):
+                # What does not answer now would not answer for each of them either.
+                return dict.fromkeys(digests, _typed(error))
+            # One damaged row must not hide the others, nor cost each of them a reading of its own.
+            middle = len(digests) // 2
+            return await self._read(digests[:middle]) | await self._read(digests[middle:])
         now = now_ms()
         for row in rows.values():
             self._cache.add(row.digest, row, now)
         return dict(rows)
-
-    def _read_blocking(self, digests: list[Digest]) -> dict[Digest, ContextRow]:
-        rows = self._lookup.get_contexts(digests)
-        missing = [digest for digest in digests if digest not in rows]
-        if missing:
-            self._lake.refresh("contexts")
-            self._index.refresh(self._lake)
-            rows |= self._lookup.get_contexts(missing)
-        return rows
 
 
 class ContextReader:

@@ -18,7 +18,7 @@ from holdfast.schemas.errors import HoldfastError, InvalidFieldError, Unavailabl
 if TYPE_CHECKING:
     from holdfast.lake.index import LakeIndex
     from holdfast.lake.lake import Lake
-    from holdfast.schemas.rows import KeyVersionRow
+    from holdfast.schemas.rows import KeyVersionRow, Position
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class ColdKeys:
             return []
 
         def read() -> list[KeyVersionRow]:
-            known = self._index.key_versions_before(namespace, key, before, limit)
+            known = self._known_before(namespace, key, before, limit)
             # Versions are archived in their order: when the one right below is known, so is everything under it.
             if before is None or not known or known[0][0] != before - 1:
                 self._index.refresh(self._lake)
@@ -117,9 +117,16 @@ class ColdKeys:
         return best
 
     def _rows_before(self, namespace: str, key: str, before: int | None, limit: int) -> list[KeyVersionRow]:
-        known = self._index.key_versions_before(namespace, key, before, limit)
+        known = self._known_before(namespace, key, before, limit)
         rows = self._lookup.get_key_versions((namespace, key, version) for version, _ in known)
         return [rows[namespace, key, version] for version, _ in known]
+
+    def _known_before(self, namespace: str, key: str, before: int | None, limit: int) -> list[tuple[int, Position]]:
+        try:
+            return self._index.key_versions_before(namespace, key, before, limit)
+        except UnavailableError:  # not filled yet, or damaged and begun anew
+            self._index.refresh(self._lake)
+            return self._index.key_versions_before(namespace, key, before, limit)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from holdfast.schemas.errors import HoldfastError, IntegrityError
 from holdfast.schemas.problems import Problem
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PRUNE_S: Final = 60.0
+"""How often the copy is looked through for what the lake has removed: that takes a listing of both."""
+
 
 def keep_copy(lake: Lake) -> Problem | None:
     """Copies what the lake's copy has not yet, for some seconds; returns what keeps it from that.  Blocks."""
@@ -23,7 +26,7 @@ def keep_copy(lake: Lake) -> Problem | None:
     for table in TABLES:
         try:
             copies.catch_up(lake.table(table))
-            copies.prune(lake.table(table))
+            copies.prune(lake.table(table), every_s=PRUNE_S)
         except (HoldfastError, OSError) as error:
             logger.warning(
                 "the copy of the lake is not up to date",

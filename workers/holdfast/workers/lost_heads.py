@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import duckdb
 
 from holdfast.lake import connect
 from holdfast.lake.lookup import Lookup
+from holdfast.schemas.errors import UnavailableError
 from holdfast.schemas.ids import now_ms
 from holdfast.streams.decode import encode_key_version
 from holdfast.streams.key_log import Head, KeyLog
@@ -47,13 +50,33 @@ GROUP BY namespace, key ORDER BY namespace, key"""
 async def restore_heads(connection: Connection, lake: Lake, index: LakeIndex, executor: Executor) -> int:
     """Writes the newest archived version of each key that is older in the stream, or is not there; returns how many.
 
-    Reads the whole list of keys.  Doing it again, or a writer who is faster, changes nothing that is newer.  What has
-    left the stream rightly, as an old tombstone, stays away.
+    Reads the whole list of keys, in ``executor``, which has one thread.  Doing it again, or a writer who is faster,
+    changes nothing that is newer.  What has left the stream rightly, as an old tombstone, stays away.  Raises
+    UnavailableError when the list of keys cannot be made now; after that, and after a cancel, some may be put back.
     """
-    loop = asyncio.get_running_loop()
     log = KeyLog(connection)
-    restored = 0
     pages = _archived_keys(lake, now_ms() - TRIMMED_MS)
+    try:
+        restored = await _restore(connection, log, pages, lake, index, executor)
+    finally:
+        # In the thread that may still be reading a page for a call that was cancelled.
+        executor.submit(pages.close)
+        await log.close()
+    if restored:
+        logger.warning("newest versions of keys were put back", extra={"action": "heads_restored", "keys": restored})
+    return restored
+
+
+async def _restore(
+    connection: Connection,
+    log: KeyLog,
+    pages: Iterator[list[_Newest]],
+    lake: Lake,
+    index: LakeIndex,
+    executor: Executor,
+) -> int:
+    loop = asyncio.get_running_loop()
+    restored = 0
     while page := await loop.run_in_executor(executor, lambda: next(pages, None)):
         by_namespace: dict[str, dict[str, _Newest]] = {}
         for newest in page:
@@ -67,9 +90,6 @@ async def restore_heads(connection: Connection, lake: Lake, index: LakeIndex, ex
                     *(_write(connection, row, heads.get(row.key, Head())) for row in rows[start : start + _AT_ONCE])
                 )
                 restored += sum(outcomes)
-    await log.close()
-    if restored:
-        logger.warning("newest versions of keys were put back", extra={"action": "heads_restored", "keys": restored})
     return restored
 
 
@@ -88,14 +108,22 @@ def _is_lost(newest: _Newest, head: Head | None) -> bool:
     return head.row.version < newest.version
 
 
-def _archived_keys(lake: Lake, gone_before_ms: int) -> Iterator[list[_Newest]]:
-    with connect(lake.path) as sql, sql.pinned():
-        found: Any = sql.execute(_NEWEST)
-        while page := found.fetchmany(_PAGE):
-            yield [
-                _Newest(namespace, key, version, op in TOMBSTONES and stored_at_ms < gone_before_ms)
-                for namespace, key, version, op, stored_at_ms in page
-            ]
+def _archived_keys(lake: Lake, gone_before_ms: int) -> Generator[list[_Newest]]:
+    try:
+        with connect(lake.path) as sql, sql.pinned():
+            found: Any = sql.execute(_NEWEST)
+            while page := found.fetchmany(_PAGE):
+                yield [
+                    _Newest(namespace, key, version, op in TOMBSTONES and stored_at_ms < gone_before_ms)
+                    for namespace, key, version, op, stored_at_ms in page
+                ]
+    except duckdb.Error as error:
+        # Out of memory, or of space for temporary files.  As it is it would end the archiver, which tries again when
+        # it is told that a part of it does not answer; damage of the lake has been told apart by then.
+        raise UnavailableError(
+            f"the newest archived versions of the keys cannot be listed: {error}",
+            hint="free memory, and space in the directory that the worker runs in, where DuckDB keeps what has no room",
+        ) from error
 
 
 def _read(lake: Lake, index: LakeIndex, wanted: list[_Newest]) -> list[KeyVersionRow]:

@@ -33,6 +33,7 @@ from holdfast.workers.health import collect_health
 from holdfast.workers.interning import InlineContexts
 from holdfast.workers.key_reader import ColdKeys
 from holdfast.workers.metrics import collect_metrics
+from holdfast.workers.opening import open_in_thread
 from holdfast.workers.picture import Observer
 from holdfast.workers.requests import (
     EVENT_FIELDS,
@@ -190,11 +191,16 @@ async def run_resolver(
         def open_picture() -> DuckConnection:
             # A tail of its own for each try: one that fails closes it.
             tail = open_tail(connection.target)
-            return connect(lake.path, tail=tail, index=index, live=("events", "key_versions"))
+            try:
+                return connect(lake.path, tail=tail, index=index, live=("events", "key_versions"))
+            except BaseException:
+                tail.close()
+                raise
 
         # A cluster may be without a majority in this moment.
-        picture = await call_with_retry(lambda: asyncio.to_thread(open_picture), deadline_s=START_S)
-        stack.push_async_callback(asyncio.to_thread, picture.close)
+        picture = await call_with_retry(
+            lambda: open_in_thread(stack, open_picture, DuckConnection.close), deadline_s=START_S
+        )
         sql = SqlRunner(picture)
         stack.push_async_callback(sql.close)
         cold = ColdReader(lake, index)

@@ -111,7 +111,8 @@ class WarmEndpoints:
     async def held(self, call: Call) -> None:
         """``{"events": [id], "versions": [[key, version]]}`` → the same members with those that the lake holds.
 
-        Before anything is left out, the newest version of the lake has been read.
+        Before anything is left out, the newest version of the lake has been read; while a damaged file may hold what
+        is not found, the answer is DamagedError.
         """
         request: HeldRequest = decode_request(call.data, _HELD)
         namespace = call.namespace
@@ -126,11 +127,11 @@ class WarmEndpoints:
         versions = [(namespace, key, number) for key, number in request.versions if 1 <= number <= _LARGEST]
 
         def find(_: LakeConnection) -> dict[str, object]:
-            self._lake.refresh()
-            self._index.refresh(self._lake)
+            held = self._index.require(self._lake, "events", events)
+            numbered = self._index.require(self._lake, "key_versions", versions)
             return {
-                "events": [event_id for _, event_id in self._index.find_events(events)],
-                "versions": [[key, number] for _, key, number in self._index.find_key_versions(versions)],
+                "events": [event_id for _, event_id in held],
+                "versions": [[key, number] for _, key, number in numbered],
             }
 
         await call.reply(msgspec.json.encode(await self._sql.run(find)))

@@ -34,6 +34,7 @@ from holdfast.workers.compactor import Compactor
 from holdfast.workers.index_directory import claim_index_directory
 from holdfast.workers.ingester import Ingester
 from holdfast.workers.janitor import run_janitor
+from holdfast.workers.opening import in_thread, open_in_thread
 from holdfast.workers.reports import answer_reports
 from holdfast.workers.resolver import run_resolver
 from holdfast.workers.scrubber import Scrubber
@@ -86,10 +87,13 @@ class RunningWorkers:
         """Ends the loop of a worker: asked to ``finish`` if it can, which that returns, then cancelled after
         ``DRAIN_S`` seconds; one that has no end of its own is cancelled at once."""
         task = self._tasks.pop(name)
-        if finish is not None and not task.done() and finish():
-            await asyncio.wait([task], timeout=DRAIN_S)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        try:
+            if finish is not None and not task.done() and finish():
+                await asyncio.wait([task], timeout=DRAIN_S)
+        finally:
+            # Also when the wait is cancelled: what is closed next must not be in use any more.
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         logger.info("worker drained", extra={"action": "worker_drained", "worker": name})
 
 
@@ -107,7 +111,7 @@ async def run_workers(
             open_connection(target, name=f"holdfast-{'-'.join(names)}"[:60], connect_s=START_S)
         )
         lake, index = await _open_lake(stack, settings) if _NEEDS_LAKE.intersection(names) else (None, None)
-        archived = await asyncio.to_thread(_archived_streams, lake, settings)
+        archived = await in_thread(partial(_archived_streams, lake, settings))
         streams = await ensure_topology(
             connection,
             replicas=settings.replicas,
@@ -141,22 +145,37 @@ async def run_workers(
 
 
 async def _open_lake(stack: AsyncExitStack, settings: WorkerSettings) -> tuple[Lake, LakeIndex]:
-    def open_both() -> tuple[Lake, LakeIndex]:
-        lake = Lake.open(settings.lake, create=True)
-        if settings.copy_directory is not None:
-            lake.copies = Copies(lake.path, settings.copy_directory)
-        directory, claim = claim_index_directory(settings.index)
-        stack.callback(os.close, claim)
-        return lake, LakeIndex.open(directory)
-
-    lake, index = await asyncio.to_thread(open_both)
-    stack.push_async_callback(asyncio.to_thread, lake.close)
-    stack.push_async_callback(asyncio.to_thread, index.close)
+    lake = await open_in_thread(stack, partial(_open_for_writing, settings), Lake.close)
+    index, _ = await open_in_thread(stack, partial(_open_index, settings), _close_index)
     return lake, index
 
 
+def _open_for_writing(settings: WorkerSettings) -> Lake:
+    lake = Lake.open(settings.lake, create=True)
+    if settings.copy_directory is not None:
+        lake.copies = Copies(lake.path, settings.copy_directory)
+    return lake
+
+
+def _open_index(settings: WorkerSettings) -> tuple[LakeIndex, int]:
+    directory, claim = claim_index_directory(settings.index)
+    try:
+        return LakeIndex.open(directory), claim
+    except BaseException:
+        os.close(claim)
+        raise
+
+
+def _close_index(opened: tuple[LakeIndex, int]) -> None:
+    index, claim = opened
+    try:
+        index.close()
+    finally:
+        os.close(claim)
+
+
 async def _own_view(settings: WorkerSettings) -> Lake:
-    return await asyncio.to_thread(Lake.open, settings.lake)
+    return await in_thread(partial(Lake.open, settings.lake))
 
 
 def _archived_streams(lake: Lake | None, settings: WorkerSettings) -> list[str]:
@@ -174,7 +193,7 @@ def _archived_streams(lake: Lake | None, settings: WorkerSettings) -> list[str]:
 async def _mark_new_keys(connection: Connection, lake: Lake, info: StreamInfo) -> None:
     """Tells clients of a keys stream that began anew that the lake holds versions which it does not."""
     if not info.heads_archived:
-        watermark = await asyncio.to_thread(lake.watermark, "key_versions")
+        watermark = await in_thread(partial(lake.watermark, "key_versions"))
         if watermark is not None and watermark.epoch != info.epoch:
             await mark_heads_archived(connection)
 
@@ -249,9 +268,13 @@ async def _start_archiver(
     stack.push_async_callback(workers.drain, "archiver", finish)
     waiting = asyncio.ensure_future(settled.wait())
     failed = asyncio.ensure_future(workers.wait_failed())
-    done, pending = await asyncio.wait({waiting, failed}, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()
+    try:
+        done, _ = await asyncio.wait({waiting, failed}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        # Also when the start is cancelled: nobody else knows of them.
+        waiting.cancel()
+        failed.cancel()
+        await asyncio.gather(waiting, failed, return_exceptions=True)
     if failed in done:
         failed.result()
 

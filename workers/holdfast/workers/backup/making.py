@@ -211,6 +211,13 @@ async def make_backup(
     return report
 
 
+class _LogObjects(msgspec.Struct, frozen=True):
+    """The log of a table as of its cut, stored."""
+
+    checkpoint: FileObject | None
+    commits: FileObject
+
+
 class _Work:
     """The copying of one backup."""
 
@@ -234,16 +241,17 @@ class _Work:
 
     async def run(self) -> tuple[dict[str, StreamBackup], dict[Table, TableBackup]]:
         streams: dict[str, StreamBackup] = {}
-        cuts: dict[Table, TableCut] = {}
+        cuts: dict[Table, tuple[TableCut, _LogObjects]] = {}
         for name in image_names():
             table = _TABLE_OF_STREAM.get(name)
             streams[name], cut = await self._stream(name, table)
             if table is not None and cut is not None:
-                cuts[table] = cut
+                # At once: files of the lake stay for a day after they were replaced, checkpoints for an hour.
+                cuts[table] = cut, await asyncio.to_thread(self._log, cut)
             failpoint("backup.after_stream")
         tables: dict[Table, TableBackup] = {}
-        for table, cut in cuts.items():
-            tables[table] = await asyncio.to_thread(self._table, table, cut)
+        for table, (cut, log) in cuts.items():
+            tables[table] = await asyncio.to_thread(self._table, table, cut, log)
         return streams, tables
 
     async def _stream(self, name: str, table: Table | None) -> tuple[StreamBackup, TableCut | None]:
@@ -275,16 +283,23 @@ class _Work:
             image = await take_image(self._connection, name, write)
             return image, await asyncio.to_thread(_finish, writer)
 
-    def _table(self, table: Table, cut: TableCut) -> TableBackup:
+    def _log(self, cut: TableCut) -> _LogObjects:
+        directory = cut.snapshot.directory
+        checkpoint: FileObject | None = None
+        if cut.checkpoint is not None:
+            stored = self._pool.add_file(directory / cut.checkpoint)
+            self._count(stored)
+            checkpoint = FileObject(path=str(cut.checkpoint), sha256=stored.sha256, size=stored.size)
+        commits = self._pool.add_bytes(_tar(directory, cut.commits))
+        self._count(commits)
+        return _LogObjects(checkpoint, FileObject(path="log.tar", sha256=commits.sha256, size=commits.size))
+
+    def _table(self, table: Table, cut: TableCut, log: _LogObjects) -> TableBackup:
         directory = cut.snapshot.directory
         found = (self._data_file(table, directory, entry) for entry in cut.snapshot.files.values())
         files = [file for file in found if file is not None]
-        if cut.checkpoint is not None:
-            checkpoint = self._pool.add_file(directory / cut.checkpoint)
-            self._count(checkpoint)
-            files.append(FileObject(path=str(cut.checkpoint), sha256=checkpoint.sha256, size=checkpoint.size))
-        log = self._pool.add_bytes(_tar(directory, cut.commits))
-        self._count(log)
+        if log.checkpoint is not None:
+            files.append(log.checkpoint)
         mark = cut.snapshot.watermark
         return TableBackup(
             version=cut.snapshot.version,
@@ -292,7 +307,7 @@ class _Work:
             seq=0 if mark is None else mark.seq,
             rows=sum(entry.rows for entry in cut.snapshot.files.values()),
             files=files,
-            log=FileObject(path="log.tar", sha256=log.sha256, size=log.size),
+            log=log.commits,
         )
 
     def _data_file(self, table: Table, directory: Path, entry: FileEntry) -> FileObject | None:
