@@ -1,9 +1,11 @@
-"""``python -m benchmarks``: measures, prints a table, writes one JSON file.
+"""``python -m benchmarks``: measures, prints a table, writes one JSON file as it goes on.
 
 * ``python -m benchmarks [NAME…]``: the figures, each beside its raw limit and its peers;
 * ``python -m benchmarks full [CURVE…]``: the growth curves;
 * ``python -m benchmarks guard``: has anything collapsed;
 * ``python -m benchmarks render RECORDS…``: the tables and plots of ``docs/performance.md`` from records.
+
+A figure that fails does not stop the others: it is told at the end, and in the exit code.
 """
 
 from __future__ import annotations
@@ -36,21 +38,20 @@ from benchmarks import (
     bench_trees,
     bench_write,
 )
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, Figure
 from benchmarks.curves.run import main as run_curves
-from benchmarks.event_loop import default_loop, run_on_loop
+from benchmarks.event_loop import default_loop
 from benchmarks.guard import main as run_guard
-from benchmarks.measure import Budget
+from benchmarks.measure import Budget, Side
+from benchmarks.outcome import STOPPED, Outcome
 from benchmarks.peers.figures import IN_PROCESS, PEERS, open_peers
-from benchmarks.records import Conditions, Record, conditions, default_path, write_records
+from benchmarks.records import RUNS, Conditions, Record, ResultsFile, conditions, default_path
 from benchmarks.render import main as run_render
 from benchmarks.table import number, print_table
 from benchmarks.targets import unmeasured
 
 SECONDS_PER_FIGURE: Final = 3.0
 QUICK_SECONDS_PER_FIGURE: Final = 0.06
-RUNS: Final = 3
-"""Every figure is the median of so many; in a smoke run there is one."""
 QUICK_RUNS: Final = 1
 TABLE_WIDTH: Final = 200
 """Where the table goes into a file: nothing is cut."""
@@ -80,19 +81,51 @@ COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
 }
 
 
+class KeepingBench(Bench):
+    """A run in which a figure that fails leaves the others alone."""
+
+    def __init__(
+        self, budget: Budget, shared: Conditions, scratch: Path, names: list[str], on_record: Callable[[Record], None]
+    ) -> None:
+        super().__init__(budget, shared, scratch, names, on_record)
+        self.outcome = Outcome()
+
+    async def figure(self, figure: Figure, ours: Side, *raws: Side) -> None:
+        try:
+            await super().figure(figure, ours, *raws)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next figure can still be measured
+            self.outcome.fail(figure.name, error)
+
+    async def figure_beside(self, figure: Figure, sides: Sequence[Side], peers: Sequence[Side]) -> None:
+        try:
+            await super().figure_beside(figure, sides, peers)
+        except Exception as error:  # noqa: BLE001 - as above
+            self.outcome.fail(figure.name, error)
+
+    async def run_file(self, figures: Sequence[str], run: Callable[[Bench], Awaitable[None]]) -> None:
+        """Measures the figures of one file; what fails outside a figure fails those that have not been measured."""
+        try:
+            await run(self)
+        except Exception as error:  # noqa: BLE001 - as above
+            known = {record.name.partition(":")[0] for record in self.records} | set(self.outcome.failures)
+            left = [name for name in figures if self.wants(name) and name not in known]
+            self.outcome.fail(", ".join(left) or f"the end of the file with {figures[0]}", error)
+
+
 def main() -> int:
     """Runs what the command line asks for; returns the exit code."""
     # As Ctrl-C does: servers are stopped and scratch data is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
-        return command(sys.argv[2:]) if command else _figures()
+        return command(sys.argv[2:]) if command else run_figures(sys.argv[1:])
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+        print("stopped", file=sys.stderr)
+        return STOPPED
 
 
-def _figures() -> int:
+def run_figures(arguments: Sequence[str]) -> int:
+    """Measures the figures that the command line asks for; returns the exit code."""
     names = [name for figures, _ in FILES for name in figures]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -106,52 +139,61 @@ def _figures() -> int:
         metavar="N",
         help=f"how long each figure is measured, ours and raw together (default {SECONDS_PER_FIGURE:g})",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where the records go")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where the records go (a file that is there is kept: -2, -3 …)"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run, whose figures mean nothing")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="the disk to measure on (default: where temporary files go)"
     )
     parser.add_argument("--no-peers", action="store_true", help="without the stores to compare with")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default=default_loop(), help="what every side runs on")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
     progress = Console(stderr=True)
-    if arguments.names and not _known(arguments.names, names):
-        progress.print(f"no figure is named {' or '.join(arguments.names)}; there are: {', '.join(names)}")
+    if options.names and not _known(options.names, names):
+        progress.print(f"no figure is named {' or '.join(options.names)}; there are: {', '.join(names)}")
         return 2
     logging.basicConfig(level=logging.ERROR)
-    default_s = QUICK_SECONDS_PER_FIGURE if arguments.quick else SECONDS_PER_FIGURE
-    runs = QUICK_RUNS if arguments.quick else RUNS
-    budget = Budget(arguments.seconds_per_figure or default_s, runs=runs, quick=arguments.quick)
+    default_s = QUICK_SECONDS_PER_FIGURE if options.quick else SECONDS_PER_FIGURE
+    runs = QUICK_RUNS if options.quick else RUNS
+    budget = Budget(options.seconds_per_figure or default_s, runs=runs, quick=options.quick)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir=arguments.data) as scratch:
-        shared = conditions(Path(scratch), arguments.loop)
+    with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir=options.data) as scratch:
+        shared = conditions(Path(scratch), options.loop)
         if shared.machine["file_system"] in ("tmpfs", "ramfs"):
             progress.print("this disk is memory: durable figures mean nothing here; give another one with --data")
-        bench = Bench(budget, shared, Path(scratch), arguments.names, lambda record: _tell(progress, record))
+        results = ResultsFile(options.json or default_path(shared))
+
+        def keep(record: Record) -> None:
+            _tell(progress, record)
+            results.keep(bench.records, progress.print)
+
+        bench = KeepingBench(budget, shared, Path(scratch), options.names, keep)
         # A smoke run starts no server of others; it has the peer that needs none.
-        names = [] if arguments.no_peers else [name for name in PEERS if not arguments.quick or name in IN_PROCESS]
-        run_on_loop(arguments.loop, _run(bench, names, progress))
-    _report(bench, shared, arguments.json or default_path(shared), console)
+        names = [] if options.no_peers else [name for name in PEERS if not options.quick or name in IN_PROCESS]
+        bench.outcome.run(options.loop, _run(bench, names, progress))
+    _report(bench, shared, console)
     console.print(f"{len(bench.records)} records in {time.monotonic() - began:.0f} s")
-    return 0
+    # Once more, for what a full disk may have kept out of it.
+    is_written = bool(bench.records) and results.keep(bench.records, progress.print)
+    return bench.outcome.tell("records", results.path if is_written else None, console, progress)
 
 
-async def _run(bench: Bench, peers: Sequence[str], progress: Console) -> None:
+async def _run(bench: KeepingBench, peers: Sequence[str], progress: Console) -> None:
     async with open_peers(bench.peer_parent, peers, progress.print) as bench.peers:
-        for _, run in FILES:
-            await run(bench)
+        for figures, run in FILES:
+            await bench.run_file(figures, run)
 
 
-def _report(bench: Bench, shared: Conditions, path: Path, console: Console) -> None:
-    print_table(bench.records, shared, console)
-    write_records(path, bench.records)
+def _report(bench: Bench, shared: Conditions, console: Console) -> None:
+    if bench.records:
+        print_table(bench.records, shared, console)
     missing = unmeasured(record.name for record in bench.records)
     if missing and not bench.is_partial:
         console.print(f"targets of figures that were not measured here: {', '.join(missing)}", soft_wrap=True)
-    console.print(f"records: {path}")
 
 
 def _tell(progress: Console, record: Record) -> None:

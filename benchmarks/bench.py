@@ -119,8 +119,8 @@ class Bench:
     async def figure(self, figure: Figure, ours: Side, *raws: Side) -> None:
         """Measures a figure beside its raw limits and its peers, unless it is not asked for; one record for each limit.
 
-        Further limits than the first add their label to the record's name, as in ``archive:pull``; the peers are with
-        the first.
+        Of several limits with one label the fastest counts.  A label is added to the record's name, as in
+        ``archive:pull``; the peers are with the first.
         """
         if not self.wants(figure.name):
             return
@@ -139,9 +139,10 @@ class Bench:
             most=figure.most,
             sharing=own,
         )
-        self.add(figure, results[0], results[1], results[own:])
-        for raw in results[2:own]:
-            self.add(figure, results[0], raw)
+        raws = results[1:own]
+        for place, label in enumerate(dict.fromkeys(raw.label for raw in raws)):
+            same = [raw for raw in raws if raw.label == label]
+            self.add(figure, results[0], _fastest(same, figure.kind), [] if place else results[own:])
 
     def add(self, figure: Figure, ours: Result, raw: Result, peers: Sequence[Result] = ()) -> None:
         """Adds the record of a figure that has been measured."""
@@ -166,7 +167,7 @@ class Bench:
             ratio=ours.value / raw.value,
             ratio_low=min(ratios),
             ratio_high=max(ratios),
-            parameters={**figure.parameters, "count": ours.count, "runs": self.budget.runs},
+            parameters={**figure.parameters, "count": ours.count, "runs": len(ours.values)},
             durability=figure.durability,
             replicas=1,
             versions=self._shared.versions,
@@ -202,6 +203,13 @@ class Bench:
             client = await stack.enter_async_context(plain_client(info.nats_url))
             await create_raw_streams(client)
             yield BenchServer(info.nats_url, durability, client, info.pid)
+
+
+def _fastest(limits: Sequence[Result], kind: Kind) -> Result:
+    fastest = (min if kind == "latency" else max)(limits, key=lambda limit: limit.value)
+    if len(limits) == 1:
+        return fastest
+    return msgspec.structs.replace(fastest, what=f"{fastest.what}, the fastest of {len(limits)}")
 
 
 def target_of(url: str) -> ConnectionTarget:

@@ -50,8 +50,7 @@ async def run(bench: Bench) -> None:
     stream = len(zstd.compress(b"\n".join(lines), LEVEL))
     each = sum(len(zstd.compress(line, LEVEL)) for line in lines)
     peer = bench.peers.postgres if bench.peers else None
-    runs = bench.budget.runs
-    peers = [_megabytes("PostgreSQL 15, jsonb", await _jsonb_bytes(peer, lines), runs, peer.name)] if peer else []
+    peers = [_megabytes("PostgreSQL 15, jsonb", await _jsonb_bytes(peer, lines), peer.name)] if peer else []
     figure = Figure(
         name="bytes_at_rest",
         what="Parquet of contexts and events, lineage included",
@@ -68,9 +67,9 @@ async def run(bench: Bench) -> None:
             "index_mb": _size_of(data / "index") / 1e6,
         },
     )
-    ours = _megabytes("", archived, runs)
-    bench.add(figure, ours, _megabytes("one zstd-3 stream of the same steps", stream, runs), peers)
-    bench.add(figure, ours, _megabytes("zstd-3 of each step by itself", each, runs, "each"))
+    ours = _megabytes("", archived)
+    bench.add(figure, ours, _megabytes("one zstd-3 stream of the same steps", stream), peers)
+    bench.add(figure, ours, _megabytes("zstd-3 of each step by itself", each, "each"))
 
 
 def _lake_bytes(path: Path) -> tuple[int, int]:
@@ -102,5 +101,5 @@ def _size_of(directory: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
 
 
-def _megabytes(what: str, size: int, runs: int, label: str = "") -> Result:
-    return Result(what=what, value=size / 1e6, values=[size / 1e6] * runs, count=1, label=label)
+def _megabytes(what: str, size: int, label: str = "") -> Result:
+    return Result(what=what, value=size / 1e6, values=[size / 1e6], count=1, label=label)

@@ -149,8 +149,15 @@ async def _updating(bench: Bench, server: BenchServer, hf: Holdfast) -> None:
             for start in range(0, len(versions), 64)
         ]
 
+    async def publish_one_after_the_other(messages: list[Message]) -> None:
+        await batches.publish(messages[::2])
+        await batches.publish(messages[1::2])
+
     async def stored_in_batches(number: int) -> Run:
         return await concurrent(raw(number), batches.publish, 1, weight=64)
+
+    async def stored_one_after_the_other(number: int) -> Run:
+        return await concurrent(raw(number), publish_one_after_the_other, 1, weight=64)
 
     await bench.figure(
         Figure(
@@ -163,6 +170,7 @@ async def _updating(bench: Bench, server: BenchServer, hf: Holdfast) -> None:
         ),
         Side("", load(make, update, 64)),
         Side("bodies and versions of 64 keys in one atomic batch, 1 in flight", stored_in_batches),
+        Side("the bodies of 64 keys in one atomic batch, then their versions", stored_one_after_the_other, "two"),
     )
 
 

@@ -11,12 +11,16 @@ commit, index included; beside what it has before.  ``idle_client`` and ``idle_w
 that is connected (and has stored and read one context), and of one that runs all workers; beside one with nats-py
 alone, and one with nats-py and the libraries of the lake.
 
+Each run has a server or a process of its own; what the peers take for a run comes on top of what they have from others.
+
 Does not measure: memory under load (see the archiver and the import), the server's own 20 MB.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
+from statistics import median
 from typing import TYPE_CHECKING, Final
 
 import psutil
@@ -33,6 +37,8 @@ from holdfast.schemas.refs import compute_digest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from benchmarks.peers.peer import Peer
 
 BODY_BYTES: Final = 600
 CONTEXTS: Final = 100_000
@@ -71,17 +77,18 @@ async def _contexts(bench: Bench) -> None:
             taken = [encoded(body) for body in bodies.take(_IN_A_CALL, BODY_BYTES)]
             await batches.publish([Message(f"{RAW_HOT_PREFIX}bench.{_name(body)}", {}, body) for body in taken])
 
-    grown = [await _growth(bench, fill) / number for fill in (ours, raw)]
+    runs = bench.budget.runs
+    # Each is alone while it fills its server, and they let go of what they need not keep side by side.
+    turn = asyncio.Lock()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_growth(bench, fill, turn)) for fill in (ours, raw) * runs]
+    of_each = [task.result() / number for task in tasks]
     peers: list[Result] = []
     for name in ("postgres_redis", "redis_always"):
         peer = bench.peers.of(name) if bench.peers else None
         if peer is not None:
-            before = await peer.bytes_in_memory()
-            for start in range(0, number, _IN_A_CALL):
-                taken = enumerate(bodies.take(_IN_A_CALL, BODY_BYTES), start=start)
-                await peer.put_many([(f"memory{n:026d}", encoded(body)) for n, body in taken])
-            beyond = (await peer.bytes_in_memory() - before) / number - BODY_BYTES
-            peers.append(_once(f"{peer.what}, beyond the body", max(1.0, beyond), bench.budget.runs, number, name))
+            beyond = [await _growth_of_peer(peer, bodies, run * number, number) for run in range(runs)]
+            peers.append(_result(f"{peer.what}, beyond the body", beyond, number, name))
     bench.add(
         Figure(
             name="server_bytes_per_context",
@@ -91,8 +98,8 @@ async def _contexts(bench: Bench) -> None:
             durability="durable",
             parameters={"payload_bytes": BODY_BYTES, "concurrency": 1, "contexts": number},
         ),
-        _once("", grown[0], bench.budget.runs, number),
-        _once("the same messages without headers in a bare stream", grown[1], bench.budget.runs, number),
+        _result("", of_each[::2], number),
+        _result("the same messages without headers in a bare stream", of_each[1::2], number),
         peers,
     )
 
@@ -101,12 +108,14 @@ def _name(body: bytes) -> str:
     return compute_digest("bench", "context", body)
 
 
-async def _growth(bench: Bench, fill: Callable[[BenchServer], Awaitable[None]]) -> float:
+async def _growth(bench: Bench, fill: Callable[[BenchServer], Awaitable[None]], turn: asyncio.Lock) -> float:
     """Returns by how many bytes a new server has grown after what ``fill`` does, once it has let go of the rest."""
-    async with bench.server() as server:
-        process = psutil.Process(server.pid)
-        before = process.memory_info().rss
-        await fill(server)
+    async with AsyncExitStack() as stack:
+        async with turn:
+            server = await stack.enter_async_context(bench.server())
+            process = psutil.Process(server.pid)
+            before = process.memory_info().rss
+            await fill(server)
         after = process.memory_info().rss
         for _ in range(bench.scale(SETTLE_S, 0)):
             await asyncio.sleep(1)
@@ -114,18 +123,32 @@ async def _growth(bench: Bench, fill: Callable[[BenchServer], Awaitable[None]]) 
         return max(1.0, after - before)
 
 
+async def _growth_of_peer(peer: Peer, bodies: Bodies, first: int, number: int) -> float:
+    """Returns by how many bytes a context the memory of a peer grows, its body not counted."""
+    before = await peer.bytes_in_memory()
+    for start in range(first, first + number, _IN_A_CALL):
+        taken = enumerate(bodies.take(_IN_A_CALL, BODY_BYTES), start=start)
+        await peer.put_many([(f"memory{n:026d}", encoded(body)) for n, body in taken])
+    return max(1.0, (await peer.bytes_in_memory() - before) / number - BODY_BYTES)
+
+
 async def _archiving(bench: Bench) -> None:
     rows = bench.scale(ARCHIVED, 1_000)
+    idle_mb: list[float] = []
+    peak_mb: list[float] = []
     async with bench.server() as server:
         async with server.connect(cache_bytes=0) as hf:
             await store(hf, rows, seed=52)
-        data = bench.directory("archive-memory")
-        async with child("benchmarks.archive_process", "--url", server.url, "--data", str(data)) as process:
-            await process.ask()
-            async with watch_memory(process.pid) as idle:
-                pass
-            async with watch_memory(process.pid) as peak:
-                await process.ask({"rows_per_commit": ROWS_PER_COMMIT})
+        for _ in range(bench.budget.runs):
+            data = bench.directory("archive-memory")
+            async with child("benchmarks.archive_process", "--url", server.url, "--data", str(data)) as process:
+                await process.ask()
+                async with watch_memory(process.pid) as idle:
+                    pass
+                async with watch_memory(process.pid) as peak:
+                    await process.ask({"rows_per_commit": ROWS_PER_COMMIT})
+            idle_mb.append(idle.mb)
+            peak_mb.append(peak.mb)
     bench.add(
         Figure(
             name="archive_memory",
@@ -140,8 +163,8 @@ async def _archiving(bench: Bench) -> None:
                 "rows_in_a_commit": ROWS_PER_COMMIT,
             },
         ),
-        _once("", peak.mb, bench.budget.runs, rows),
-        _once("the same process before", idle.mb, bench.budget.runs, rows),
+        _result("", peak_mb, rows),
+        _result("the same process before", idle_mb, rows),
     )
 
 
@@ -157,7 +180,6 @@ async def _idle(bench: Bench) -> None:
             for _ in range(bench.budget.runs):
                 for side in (ours, raw):
                     values[side].append(await _resident_mb(bench, server, side))
-        middle = bench.budget.runs // 2
         bench.add(
             Figure(
                 name=figure,
@@ -167,8 +189,8 @@ async def _idle(bench: Bench) -> None:
                 durability="durable",
                 parameters={"payload_bytes": 0, "concurrency": 1},
             ),
-            Result(what="", value=sorted(values[ours])[middle], values=values[ours], count=1),
-            Result(what=raw_what, value=sorted(values[raw])[middle], values=values[raw], count=1),
+            _result("", values[ours], 1),
+            _result(raw_what, values[raw], 1),
         )
 
 
@@ -179,5 +201,5 @@ async def _resident_mb(bench: Bench, server: BenchServer, what: str) -> float:
         return psutil.Process(process.pid).memory_info().rss / 1e6
 
 
-def _once(what: str, value: float, runs: int, number: int, label: str = "") -> Result:
-    return Result(what=what, value=value, values=[value] * runs, count=number, label=label)
+def _result(what: str, values: list[float], number: int, label: str = "") -> Result:
+    return Result(what=what, value=median(values), values=values, count=number, label=label)

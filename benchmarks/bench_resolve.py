@@ -4,7 +4,8 @@ Measures the near cache; and with the near cache off, one resolve after the othe
 call.  Every body (600 bytes) is hashed again on its way, which the raw limits do not do: they fetch the same messages
 by a direct get of plain nats-py (``nc.request``; one own inbox where many are in flight; one batched get for many) and
 look at nothing but their arrival.  The raw limit of the near cache is a look-up in a dict by the same text, whose hash
-is not known yet.
+is not known yet.  Ours and the peer with a cache of its own are read by the same loop (``peers/in_hand.py``), which
+takes no latencies of single reads; the dict's loop differs in that it awaits nothing.
 
 Does not measure: misses, damaged copies, a cluster whose replicas lag, chunked bodies.
 """
@@ -20,6 +21,7 @@ import msgspec
 from benchmarks.bench import NAMESPACE, Bench, BenchServer, Figure
 from benchmarks.measure import Run, Side, load, timed
 from benchmarks.payloads import Bodies
+from benchmarks.peers.in_hand import in_hand, new_texts
 from benchmarks.raw_nats import OwnInbox
 from holdfast.schemas.refs import Ref, parse_ref
 from holdfast.streams.wire import HOT_STREAM, hot_subject
@@ -49,26 +51,14 @@ async def run(bench: Bench) -> None:
 
 
 async def _near_cache(bench: Bench, server: BenchServer, hf: Holdfast, refs: list[Ref]) -> None:
-    known = dict.fromkeys(refs, b"")
-
-    def texts(count: int) -> list[str]:
-        # New objects: a text remembers its own hash, and one that has just been decoded from a message has none yet.
-        raw = [ref.encode() for ref in refs]
-        return [raw[i % len(raw)].decode() for i in range(count)]
-
-    async def ours(count: int) -> Run:
-        async def resolve(asked: list[str]) -> None:
-            for ref in asked:
-                await hf.resolve(ref)
-
-        return await timed(count, partial(resolve, texts(count)))
+    known: dict[str, bytes] = dict.fromkeys(refs, b"")
 
     async def raw(count: int) -> Run:
-        async def look_up(asked: list[str]) -> None:
-            for ref in asked:
-                known[Ref(ref)]
+        async def look_up(texts: list[str]) -> None:
+            for text in texts:
+                known[text]
 
-        return await timed(count, partial(look_up, texts(count)))
+        return await timed(count, partial(look_up, new_texts(refs, count)))
 
     await bench.figure(
         Figure(
@@ -80,7 +70,7 @@ async def _near_cache(bench: Bench, server: BenchServer, hf: Holdfast, refs: lis
             least=1_000,
             most=200_000,
         ),
-        Side("", ours),
+        Side("", in_hand(refs, hf.resolve)),
         Side("a dict look-up by a text not hashed before", raw),
     )
 

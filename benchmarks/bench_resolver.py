@@ -3,8 +3,8 @@
 Measures request to answer, the resolver being a process of its own, as in production; the bodies (600 bytes) lie in
 the hot tier.  A warm resolver was asked for each of them within the last minute, and answers from what it keeps; the
 other one has to fetch each from the server before it answers (asked by ``fields``, whose answers are not kept).  The
-raw limit is an endpoint of ``nats.micro`` in that same process that answers at once with as many bytes, asked by the
-same client in the same way: what the service frame and the wire cost, with no work done.
+raw limit is a bare subscription in that same process that answers at once with as many bytes, asked by the same client
+in the same way: what nats-py and the wire cost, with no work done.
 
 Does not measure: cold contexts (see the lake), several resolvers, encoding by the asking side.
 """
@@ -98,7 +98,7 @@ async def _figures(bench: Bench, server: BenchServer, inbox: OwnInbox, refs: lis
             ),
             Side("", _asks(inbox, subject, make, concurrency, weight)),
             Side(
-                f"nats.micro echo of {len(answer.data)} bytes",
+                f"echo of {len(answer.data)} bytes by a bare subscription",
                 _asks(inbox, ECHO, make, concurrency, weight, {H_BYTES: str(len(answer.data))}),
             ),
         )

@@ -1,11 +1,13 @@
 """Importing recorded agent traces, and archiving what came in: the main path of a new user.
 
 Measures steps a second of ``import`` until everything is acknowledged, and of import and ``flush`` together until
-everything is fsynced in the lake, by a process of its own that holds an embedded server and all workers; and the peak
-of resident memory of that whole process tree in the first import, beside what it has at rest.  Each run imports into
-a namespace of its own, so nothing is there before, but streams and lake have grown by the runs before.  Raw limits:
-plain nats-py storing the same bytes (each context once, each event) in atomic batches of 500, two in flight, ready
-made, on the same server; and reading and parsing the same files and storing nothing.
+everything is fsynced in the lake, by a process of its own that holds an embedded server and all workers.  Each run
+imports into a namespace of its own, so nothing is there before, but streams and lake have grown by the runs before.
+Raw limits: plain nats-py storing the same bytes (each context once, each event) in atomic batches of 500, two in
+flight, ready made, on the same server; and reading and parsing the same files and storing nothing.
+
+``import_peak_memory`` is the highest resident memory of such a process tree while it imports, beside what it has at
+rest: each run has a tree of its own, since a second import would stand on what the first one left in the server.
 
 The traces are those under ``steps`` of the folder that HOLDFAST_TEST_DATA names, or of ``../shared/data``; without
 them, and in a smoke run, synthetic ones from a seed, which the parameters say: figures of the two are not comparable.
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, count, zip_longest
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.bench import RAW_EVENTS_PREFIX, RAW_HOT_PREFIX, Bench, Figure, recorded_traces
@@ -46,15 +49,16 @@ async def run(bench: Bench) -> None:
     if not bench.wants(*FIGURES):
         return
     path, source = _traces(bench)
-    async with child("benchmarks.import_process", "--data", str(bench.directory("import") / "data")) as process:
-        url = (await process.ask())["url"]
-        async with watch_memory(process.pid) as idle:
-            pass
-        async with plain_client(url) as client:
-            await _figures(bench, process, client, path, source, idle_mb=idle.mb)
+    if bench.wants("import", "import_and_archive"):
+        async with child("benchmarks.import_process", "--data", str(bench.directory("import") / "data")) as process:
+            url = (await process.ask())["url"]
+            async with plain_client(url) as client:
+                await _throughput(bench, process, client, path, source)
+    if bench.wants("import_peak_memory"):
+        await _peak_memory(bench, path, source)
 
 
-async def _figures(bench: Bench, process: Child, client: Client, path: Path, source: str, *, idle_mb: float) -> None:
+async def _throughput(bench: Bench, process: Child, client: Client, path: Path, source: str) -> None:
     imports = _Imports(process, path)
     files = find_traces([path]).files
     results = await measure(
@@ -69,41 +73,61 @@ async def _figures(bench: Bench, process: Child, client: Client, path: Path, sou
         least=1,
         most=1,
     )
-    parameters: dict[str, Any] = {
-        "traces": source,
-        "files": len(files),
-        "distinct_contexts": imports.distinct_contexts,
-        "concurrency": 1,
-    }
     ours, *raws = results
     archived = [ours.count / seconds for seconds in imports.total_s]
     for name, what, result in (
         ("import", "steps until acknowledged", ours),
-        ("import_and_archive", "steps until fsynced in the lake", _result(archived, ours.count)),
+        ("import_and_archive", "steps until fsynced in the lake", _result("", archived, ours.count)),
     ):
         if bench.wants(name):
             figure = Figure(
-                name=name, what=what, kind="rate", unit="steps/s", durability="durable", parameters=parameters
+                name=name,
+                what=what,
+                kind="rate",
+                unit="steps/s",
+                durability="durable",
+                parameters=_parameters(source, len(files), imports.distinct_contexts),
             )
             for raw in raws:
                 bench.add(figure, result, raw)
-    if bench.wants("import_peak_memory"):
-        figure = Figure(
-            name="import_peak_memory",
-            what="highest resident memory of the process tree while the first import is stored and archived",
-            kind="latency",
-            unit="MB",
-            durability="durable",
-            parameters={**parameters, "parts_mb": imports.parts_mb},
-        )
-        # Not the median: later runs stand on what the earlier ones, and the raw limit, left in the server.
-        peak = _result(imports.peaks_mb, ours.count, value=imports.peaks_mb[0])
-        at_rest = _result([idle_mb] * len(imports.peaks_mb), 0, what="the same processes before the first import")
-        bench.add(figure, peak, at_rest)
+
+
+async def _peak_memory(bench: Bench, path: Path, source: str) -> None:
+    idle_mb: list[float] = []
+    peak_mb: list[float] = []
+    parts_mb: list[dict[str, float]] = []
+    steps, distinct_contexts = 0, 0
+    for _ in range(bench.budget.runs):
+        data = bench.directory("import-memory") / "data"
+        async with child("benchmarks.import_process", "--data", str(data)) as process:
+            await process.ask()
+            async with watch_memory(process.pid) as idle:
+                pass
+            imports = _Imports(process, path)
+            async with watch_memory(process.pid) as peak:
+                steps = (await imports.run(1)).count
+        distinct_contexts = imports.distinct_contexts
+        idle_mb.append(idle.mb)
+        peak_mb.append(peak.mb)
+        parts_mb.append(peak.parts_mb)
+    figure = Figure(
+        name="import_peak_memory",
+        what="highest resident memory of the process tree while an import is stored and archived",
+        kind="latency",
+        unit="MB",
+        durability="durable",
+        parameters={**_parameters(source, len(find_traces([path]).files), distinct_contexts), "parts_mb": parts_mb},
+    )
+    at_rest = _result("the same processes before the import", idle_mb, 0)
+    bench.add(figure, _result("", peak_mb, steps), at_rest)
+
+
+def _parameters(source: str, files: int, distinct_contexts: int) -> dict[str, Any]:
+    return {"traces": source, "files": files, "distinct_contexts": distinct_contexts, "concurrency": 1}
 
 
 class _Imports:
-    """Runs imports in the child, each into a namespace of its own, and keeps what was seen on the way."""
+    """Runs imports in the child, each into a namespace of its own, and keeps what their answers say."""
 
     fixed: Final = 1
     """The operations of a run are the steps of the files, whatever is asked for."""
@@ -113,19 +137,14 @@ class _Imports:
         self._path = path
         self._namespaces = (f"import{number}" for number in count(1))
         self.total_s: list[float] = []
-        self.peaks_mb: list[float] = []
-        self.parts_mb: dict[str, float] = {}
         self.distinct_contexts = 0
 
     async def run(self, _: int) -> Run:
-        async with watch_memory(self._process.pid) as peak:
-            answer = await self._process.ask({"namespace": next(self._namespaces), "path": str(self._path)})
+        answer = await self._process.ask({"namespace": next(self._namespaces), "path": str(self._path)})
         counts = answer["counts"]
         if counts["events"] != counts["steps"] or counts["errors"]:
             raise RuntimeError(f"the import is not whole: {counts}")
         self.total_s.append(answer["total_s"])
-        self.peaks_mb.append(peak.mb)
-        self.parts_mb = self.parts_mb or peak.parts_mb
         self.distinct_contexts = counts["distinct_contexts"]
         return Run(counts["steps"], answer["import_s"])
 
@@ -181,9 +200,8 @@ def _batched(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
         yield messages[start : start + BATCH]
 
 
-def _result(values: list[float], number: int, *, value: float | None = None, what: str = "") -> Result:
-    middle = sorted(values)[len(values) // 2]
-    return Result(what=what, value=middle if value is None else value, values=values, count=number)
+def _result(what: str, values: list[float], number: int) -> Result:
+    return Result(what=what, value=median(values), values=values, count=number)
 
 
 def _traces(bench: Bench) -> tuple[Path, str]:

@@ -2,8 +2,8 @@
 
 Ours and the raw limit in turn, in one process, and the ratio of the two compared with a bound that is a fifth of what
 is usual: not a timed test, since the machine's speed falls out of the ratio, and not a benchmark, since a factor of two
-passes.  Guarded: ``put`` from 64 tasks, hot ``resolve`` from 64 tasks, ``resolve_batch`` of
-the resolver, one cycle of the archiver.
+passes.  Guarded: ``put`` from 64 tasks, hot ``resolve`` from 64 tasks, ``resolve_batch`` of the resolver, one cycle of
+the archiver.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from benchmarks.bench import Bench
 from benchmarks.measure import Budget
 from benchmarks.records import Record, conditions
 
-LEAST: Final[Mapping[str, float]] = {
-    "put_64_producers": 0.13,
-    "resolve_hot_64": 0.12,
-    "resolver_batch_100_16": 0.01,
-    "archive": 0.02,
+USUAL: Final[Mapping[str, float]] = {
+    "put_64_producers": 0.8,
+    "resolve_hot_64": 0.95,
+    "resolver_batch_100_16": 0.6,
+    "archive": 0.175,
 }
-"""The least ratio to the raw limit, a fifth of what was measured: more is better in all of them."""
+"""Ratios to the raw limit as docs/performance.md has them: more is better in all of them.  They change with it."""
+
+LEAST: Final[Mapping[str, float]] = {name: round(usual / 5, 3) for name, usual in USUAL.items()}
+"""The least ratio that passes."""
 
 SECONDS_PER_FIGURE: Final = 0.3
 RUNS: Final = 3
@@ -46,7 +49,7 @@ class Collapse(msgspec.Struct, frozen=True):
     least: float
 
     def __str__(self) -> str:
-        return f"{self.name} reaches {self.ratio:.3f} of its raw limit, and at least {self.least} is usual"
+        return f"{self.name} reaches {self.ratio:.3f} of its raw limit, and at least {self.least} is expected"
 
 
 class GuardBench(Bench):

@@ -1,4 +1,8 @@
-"""What a run leaves behind: one JSON file, a list of records, each complete in itself."""
+"""What a run leaves behind: one JSON file, a list of records, each complete in itself.
+
+The file is there from the first record on and is written again after every other one, so that a run that is stopped
+keeps what it has measured; no run writes over the file of another one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,6 +22,9 @@ from benchmarks.targets import Verdict
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = Path(__file__).resolve().parent / "results"
+
+RUNS: Final = 3
+"""How many runs a figure is usually the median of; where there were others, the page says so."""
 
 _PACKAGES: Final = ("holdfast", "nats-py", "duckdb", "pyarrow", "deltalake", "msgspec", "lmdb", "uvloop")
 
@@ -51,7 +58,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     ``ratio`` is value / raw_limit.value; ``better`` says which way is good.  ``ratio_low`` and ``ratio_high`` are the
     extremes of the ratios of neighbouring runs: how far noise may have moved it.  Latencies are in milliseconds.
-    ``verdicts`` tell how it stood to its targets when it was measured.
+    ``values`` are those of the single runs, as many as there were.  ``verdicts`` tell how it stood to its targets when
+    it was measured.  ``share`` below 1: a part of what the figure is of, which says nothing about its targets.
     """
 
     name: str
@@ -75,6 +83,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     started_at: str
     peers: list[PeerResult] = []
     verdicts: list[Verdict] = []
+    share: float = 1.0
 
     def best_peer(self) -> PeerResult | None:
         """Returns the peer that did best."""
@@ -85,12 +94,13 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """What all records of a run share."""
+    """What all records of a run share; ``share`` is how far along its curves it went, 1 being their end."""
 
     versions: dict[str, str]
     machine: dict[str, Any]
     git_commit: str
     started_at: str
+    share: float = 1.0
 
 
 def conditions(scratch: Path, event_loop: str = "asyncio") -> Conditions:
@@ -104,20 +114,78 @@ def conditions(scratch: Path, event_loop: str = "asyncio") -> Conditions:
     )
 
 
-def default_path(shared: Conditions) -> Path:
-    """Returns where a run's records go: one file for a day and a commit."""
-    return RESULTS / f"{shared.started_at[:10]}-{shared.git_commit}.json"
+def default_path(shared: Conditions, prefix: str = "") -> Path:
+    """Returns the name of a run's file, of its day and commit; :class:`ResultsFile` numbers those after the first."""
+    return RESULTS / f"{prefix}{shared.started_at[:10]}-{shared.git_commit}.json"
 
 
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Writes the records as an indented JSON list."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(records), indent=1) + b"\n")
+class ResultsFile:
+    """The file of one run, written again as the run goes on: always whole, and never one that was there before.
+
+    ``path`` is where it is; until the first :meth:`write` what was asked for, then that or, where it was taken, the
+    same name with the first free number from 2 on.
+    """
+
+    def __init__(self, wanted: Path) -> None:
+        self.path = wanted
+        self._is_ours = False
+
+    def write(self, outcome: object) -> None:
+        """Puts the outcome in the place of what was written before.
+
+        Raises OSError; what was written before is then still there, as it is after a signal or a crash.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        written = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with written.open("wb") as file:
+                file.write(_encoded(outcome))
+                file.flush()
+                os.fsync(file.fileno())
+            if not self._is_ours:
+                self.path = _claim(self.path)
+                self._is_ours = True
+            written.replace(self.path)
+        finally:
+            written.unlink(missing_ok=True)
+
+    def keep(self, outcome: object, say: Callable[[str], object]) -> bool:
+        """The same for a run that goes on if the disk is full: says so, and returns whether the outcome is written."""
+        try:
+            self.write(outcome)
+        except OSError as error:
+            say(f"not written: {error}")
+            return False
+        return True
+
+
+def write_records(path: Path, records: Sequence[Record]) -> Path:
+    """Writes the records as an indented JSON list; returns where, since a file that is there is kept."""
+    file = ResultsFile(path)
+    file.write(records)
+    return file.path
 
 
 def read_records(path: Path) -> list[Record]:
     """Reads what :func:`write_records` wrote, by this version or an earlier one."""
     return msgspec.json.decode(path.read_bytes(), type=list[Record])
+
+
+def _encoded(outcome: object) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(outcome), indent=1) + b"\n"
+
+
+def _claim(wanted: Path) -> Path:
+    """Makes an empty file of that name, or of the first number that is free: two runs never get the same one."""
+    path, number = wanted, 1
+    while True:
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+            path = wanted.with_stem(f"{wanted.stem}-{number}")
+        else:
+            return path
 
 
 def _server_version() -> str:

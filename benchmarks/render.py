@@ -10,7 +10,8 @@ The text of the page is written by hand; what lies between two marks is replaced
 * ``<!-- memory -->``: the processes beside the curves;
 
 each up to ``<!-- end -->``.  Files are records of ``make bench`` or of ``make bench-full``; of a figure in several, the
-last one counts.
+last one counts.  Figures and curves are judged by the targets as they are now; those that went a part of the way (a
+``share`` below 1) are not.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import msgspec
 
 from benchmarks.curves.curve import Curve, CurvesFile
 from benchmarks.plots import plot
-from benchmarks.records import ROOT, Record, read_records
-from benchmarks.table import latencies, number
+from benchmarks.records import ROOT, Conditions, Record, read_records
+from benchmarks.table import latencies, number, spread, unusual_runs
 from benchmarks.targets import PEER_NAMES, TARGETS, Target, Verdict, judge, judge_exponent
 
 PAGE: Final = ROOT / "docs" / "performance.md"
@@ -49,10 +50,11 @@ PICTURES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 
 
 class Sources(msgspec.Struct, frozen=True):
-    """What is rendered: records and curves by name."""
+    """What is rendered: records and curves by name, and of each curve how much of it there is."""
 
     records: dict[str, Record]
     curves: dict[str, Curve]
+    shares: dict[str, float]
     machine: dict[str, object]
     versions: dict[str, str]
     commits: list[str]
@@ -82,21 +84,28 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     """Reads records and curves; of a name that is in several files, the last one counts."""
     records: dict[str, Record] = {}
     curves: dict[str, Curve] = {}
+    shares: dict[str, float] = {}
+    runs: list[Conditions] = []
     for path in paths:
         raw = path.read_bytes()
         if raw.lstrip().startswith(b"{"):
             found = msgspec.json.decode(raw, type=CurvesFile)
             curves.update({curve.name: curve for curve in found.curves})
+            shares.update({curve.name: found.conditions.share for curve in found.curves})
             records.update({record.name: record for record in found.records})
+            runs.append(found.conditions)
         else:
             records.update({record.name: record for record in read_records(path)})
-    last = list(records.values())[-1] if records else None
+    # Of curves alone there are no records to take it from.
+    sources: list[Conditions | Record] = [*runs, *records.values()]
+    last = sources[-1] if sources else None
     return Sources(
         records=records,
         curves=curves,
+        shares=shares,
         machine=dict(last.machine) if last else {},
         versions=last.versions if last else {},
-        commits=sorted({record.git_commit for record in records.values()}),
+        commits=sorted({source.git_commit for source in sources}),
     )
 
 
@@ -118,7 +127,10 @@ def fill(page: str, sources: Sources) -> str:
 
 
 def figures_table(records: Mapping[str, Record], names: Sequence[str]) -> str:
-    """Returns a row a figure, in the order of the names; a further raw limit is a row of its own."""
+    """Returns a row a figure, in the order of the names; a further raw limit is a row of its own.
+
+    The spread is that of our single runs, from the least to the most.
+    """
     chosen = {
         record.name: record
         for name in names
@@ -129,17 +141,18 @@ def figures_table(records: Mapping[str, Record], names: Sequence[str]) -> str:
         [
             f"`{record.name}`",
             f"{number(record.value)} {record.unit}",
+            spread(record.values),
             number(record.raw_limit.value),
             f"{record.ratio:.2f} {_arrow(record)}",
             latencies(record.p50_ms, record.p99_ms),
             record.durability,
-            _told(record.verdicts or judge(record)),
+            "; ".join(f"{verdict.target}: {verdict}" for verdict in judge(record)),
             record.raw_limit.what,
         ]
         for record in chosen.values()
     ]
-    heading = ("figure", "ours", "raw limit", "ratio", "p50 / p99, ms", "mode", "target", "the raw limit is")
-    return _markdown(heading, rows, ":---,---:,---:,---:,---:,:---,:---,:---")
+    heading = ("figure", "ours", "spread", "raw limit", "ratio", "p50 / p99, ms", "mode", "target", "the raw limit is")
+    return _markdown(heading, rows, ":---,---:,---:,---:,---:,---:,:---,:---,:---")
 
 
 def peers_table(records: Mapping[str, Record]) -> str:
@@ -167,14 +180,14 @@ def _reached(target: Target, sources: Sources) -> list[str]:
     verdicts: list[Verdict] = []
     if target.of == "exponent":
         curve = sources.curves.get(target.figure)
-        verdicts = judge_exponent(target.figure, curve.fit.exponent) if curve else []
+        verdicts = judge_exponent(curve.name, curve.fit.exponent, sources.shares[curve.name]) if curve else []
     else:
         record = sources.records.get(f"{target.figure}:{target.limit}" if target.limit else target.figure)
         verdicts = judge(record) if record else []
     for verdict in verdicts:
         if verdict.target == target:
             actual = "" if verdict.actual is None else number(verdict.actual)
-            return [actual, f"**{verdict.outcome}**" if verdict.outcome == "not met" else verdict.outcome]
+            return [actual, f"**{verdict}**" if verdict.outcome == "not met" else str(verdict)]
     return ["", "not measured"]
 
 
@@ -185,7 +198,7 @@ def curves_table(curves: Mapping[str, Curve]) -> str:
             f"`{curve.name}`",
             curve.what,
             f"{number(curve.points[0].x)} … {number(curve.points[-1].x)} {curve.x_name}",
-            f"{number(curve.points[0].cost)} → {number(curve.points[-1].cost)} {curve.cost_unit}",
+            f"{number(curve.points[0].cost)} → {number(curve.points[-1].cost)} {curve.cost_unit}{_runs(curve)}",
             f"{curve.fit.exponent:+.3f}",
             f"{curve.fit.r2:.2f}",
             f"{curve.raw_fit.exponent:+.3f}" if curve.raw_fit else "",
@@ -198,6 +211,11 @@ def curves_table(curves: Mapping[str, Curve]) -> str:
         f"![{title}](performance-{name}.svg)" for name, (title, names) in PICTURES.items() if set(names) & set(curves)
     ]
     return "\n\n".join([table, *shown])
+
+
+def _runs(curve: Curve) -> str:
+    told = unusual_runs(min(len(point.values) for point in curve.points))
+    return f" ({told})" if told else ""
 
 
 def memory_table(curves: Mapping[str, Curve]) -> str:
@@ -230,10 +248,6 @@ def _conditions(sources: Sources) -> str:
         f"{versions.get('nats-py')}, pyarrow {versions.get('pyarrow')}, deltalake {versions.get('deltalake')}, DuckDB "
         f"{versions.get('duckdb')}; one server, one replica."
     )
-
-
-def _told(verdicts: Sequence[Verdict]) -> str:
-    return "; ".join(f"{verdict.target}: {verdict.outcome}" for verdict in verdicts)
 
 
 def _arrow(record: Record) -> str:

@@ -1,7 +1,7 @@
-"""A process of its own that answers requests: Holdfast's resolver, and beside it a bare ``nats.micro`` echo.
+"""A process of its own that answers requests: Holdfast's resolver, and beside it a bare echo.
 
-The echo answers ``bench.echo`` with as many bytes as the header ``Bytes`` asks for.  Both run on the loop that
-``holdfast worker`` runs on.
+The echo is a subscription of plain nats-py to ``bench.echo``, which answers with as many bytes as the header ``Bytes``
+asks for.  Both run on the loop that ``holdfast worker`` runs on.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import nats.micro
 import uvloop
-from nats.micro.service import EndpointConfig, ServiceConfig
 
 from benchmarks.bench import target_of
 from benchmarks.children import serve
@@ -21,7 +19,7 @@ from holdfast.workers.settings import WorkerSettings
 from holdfast.workers.system import run_workers
 
 if TYPE_CHECKING:
-    from nats.micro.request import Request
+    from nats.aio.msg import Msg
 
 ECHO: Final = "bench.echo"
 H_BYTES: Final = "Bytes"
@@ -36,7 +34,7 @@ async def main() -> None:
     arguments = parser.parse_args()
     filler = b"x" * (1 << 20)
 
-    async def echo(request: Request) -> None:
+    async def echo(request: Msg) -> None:
         await request.respond(filler[: int((request.headers or {})[H_BYTES])])
 
     async def nothing(_: dict[str, Any]) -> dict[str, Any]:
@@ -46,9 +44,8 @@ async def main() -> None:
     async with (
         plain_client(arguments.url) as client,
         run_workers(target_of(arguments.url), ["resolver"], settings),
-        await nats.micro.add_service(client, ServiceConfig(name="echo", version="1.0.0")) as service,
     ):
-        await service.add_endpoint(EndpointConfig(name="echo", subject=ECHO, handler=echo))
+        await client.subscribe(ECHO, cb=echo)
         await client.flush()
         await serve({"ready": True}, nothing)
 

@@ -34,6 +34,7 @@ SESSION_STEPS: Final = 55
 SESSIONS_AT_ONCE: Final = 200
 AGENTS: Final = 50
 VERSIONS_A_KEY: Final = 100
+KEYS_AT_ONCE: Final = 1_000
 DAYS: Final = 7
 FILES_A_COMMIT: Final = 50
 
@@ -44,37 +45,34 @@ _TEXT_BYTES: Final = 16 << 20
 """Much more than a row group holds: else zstd would find bodies again that no other body is like."""
 _BLOCK: Final = SESSION_STEPS * SESSIONS_AT_ONCE
 
+_SPREAD: Final = 0x9E3779B97F4A7C15
+_MASK: Final = (1 << 64) - 1
+
 Group = Callable[[int, int, int], Any]
 """``group(first, count, stored_at_ms)``: rows ``first`` … as an Arrow table; all were stored at that time or shortly
 after it, on the same day."""
 
 
 class ContextRows:
-    """Different contexts of ``BODY_BYTES``; keeps every reference of some files, to be asked for later."""
+    """Different contexts of ``BODY_BYTES``.  A context follows from the seed and its number, so any can be asked for
+    without keeping ten million references."""
 
-    def __init__(self, seed: int, keep_every: int) -> None:
-        self._random = random.Random(seed)
-        self._text = text_of(self._random, _TEXT_BYTES)
-        self._keep_every = keep_every
-        self.spread: list[Ref] = []
-        """References from all over the lake, one of each ``keep_every``."""
-        self.neighbours: list[list[Ref]] = []
-        """References of whole row groups, some of each file."""
+    def __init__(self, seed: int) -> None:
+        self._text = text_of(random.Random(seed), _TEXT_BYTES)
+
+    def ref(self, number: int) -> Ref:
+        """Returns the reference of a context, the first being number 0."""
+        return _ref(self._body(number))
+
+    def _body(self, number: int) -> str:
+        # Multiplied so that neighbours begin far apart in the text: zstd finds none of one in another.
+        start = (number * _SPREAD & _MASK) % (len(self._text) - BODY_BYTES)
+        head = f'{{"role":"assistant","step":{number},"text":"'
+        return f'{head}{self._text[start : start + BODY_BYTES - len(head) - 2]}"}}'
 
     def __call__(self, first: int, count: int, stored_at_ms: int) -> Any:
-        randrange, text = self._random.randrange, self._text
-        refs: list[Ref] = []
-        bodies: list[str] = []
-        last_start = len(text) - BODY_BYTES
-        for number in range(first, first + count):
-            start = randrange(last_start)
-            head = f'{{"role":"assistant","step":{number},"text":"'
-            body = f'{head}{text[start : start + BODY_BYTES - len(head) - 2]}"}}'
-            bodies.append(body)
-            refs.append(format_ref("context", compute_digest(NAMESPACE, "context", body.encode())))
-        self.spread += refs[-first % self._keep_every :: self._keep_every]
-        if len(self.neighbours) < 100 and first % (20 * ROWS_PER_GROUP) == 0:
-            self.neighbours.append(refs)
+        bodies = [self._body(number) for number in range(first, first + count)]
+        refs = [_ref(body) for body in bodies]
         return _table(
             "contexts",
             count,
@@ -121,16 +119,16 @@ def event_rows(first: int, count: int, stored_at_ms: int) -> Any:
 
 
 def version_rows(first: int, count: int, stored_at_ms: int) -> Any:
-    """Versions of named contexts, ``VERSIONS_A_KEY`` of each; a thousand keys are written side by side."""
+    """Versions of named contexts, ``VERSIONS_A_KEY`` of each; ``KEYS_AT_ONCE`` keys are written side by side."""
     numbers = np.arange(first, first + count, dtype=np.int64)
-    block = 1_000 * VERSIONS_A_KEY
-    keys = numbers // block * 1_000 + numbers % 1_000
+    block = KEYS_AT_ONCE * VERSIONS_A_KEY
+    keys = numbers // block * KEYS_AT_ONCE + numbers % KEYS_AT_ONCE
     return _table(
         "key_versions",
         count,
         namespace=NAMESPACE,
         key=pa.array([key_name(int(key)) for key in keys]),
-        version=pa.array(numbers % block // 1_000 + 1),
+        version=pa.array(numbers % block // KEYS_AT_ONCE + 1),
         op="put",
         ref=pa.array([f"ctx_context_{number:032d}" for number in numbers]),
         event_id=_uuids(numbers),
@@ -150,6 +148,17 @@ def session_name(number: int) -> str:
 def key_name(number: int) -> str:
     """Returns the name of a key of :func:`version_rows`."""
     return f"plan.{number}"
+
+
+def sessions_in(rows: int) -> int:
+    """Returns how many sessions are whole among so many rows of :func:`event_rows`; of few rows, how many began."""
+    return rows // _BLOCK * SESSIONS_AT_ONCE or min(rows, SESSIONS_AT_ONCE)
+
+
+def keys_in(rows: int) -> int:
+    """Returns how many keys have all their versions among so many rows of :func:`version_rows`; of few rows, how many
+    have one."""
+    return rows // (KEYS_AT_ONCE * VERSIONS_A_KEY) * KEYS_AT_ONCE or min(rows, KEYS_AT_ONCE)
 
 
 def root_of(session: int) -> str:
@@ -179,6 +188,10 @@ def append_rows(lake: Lake, table: Table, group: Group, *, first: int, rows: int
             if pending is not None:
                 written.append(pending.result())
             _commit(lake, table, written, group_of_files[0][0], group_of_files[-1][1])
+
+
+def _ref(body: str) -> Ref:
+    return format_ref("context", compute_digest(NAMESPACE, "context", body.encode()))
 
 
 def _groups(group: Group, start: int, end: int, total: int) -> Iterator[tuple[int, Any]]:
@@ -244,7 +257,7 @@ def _uuids(numbers: Any, *, is_null: Any = None) -> Any:
 def _uuid_bytes(numbers: Any) -> bytes:
     """UUIDv7 of the time that a number stands for, 62 bits of it mixed well: as unlike each other as real ones."""
     high = (_BEGAN_MS + numbers).astype(np.uint64) << np.uint64(16)
-    mixed = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = numbers.astype(np.uint64) * np.uint64(_SPREAD)
     high |= np.uint64(0x7000) | (mixed >> np.uint64(52))
     low = np.uint64(0x8000000000000000) | (mixed >> np.uint64(2))
     return np.stack([high, low], axis=1).astype(">u8").tobytes()

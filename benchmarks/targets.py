@@ -3,7 +3,8 @@
 A target belongs to a figure by its name, and compares one of: the figure's value (``value``), its 99th percentile in
 milliseconds (``p99_ms``), its ratio to the raw limit (``raw``), its ratio to a peer (``peer``), or the exponent of a
 curve (``exponent``).  Ratios are ours / theirs: of a rate more is better, of a time less.  A peer that did not run
-leaves a target open, which is said, and is not the same as met.
+leaves a target open, which is said, and is not the same as met.  Of a figure or a curve that went a part of the way a
+target is not measured.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 Of = Literal["value", "p99_ms", "raw", "peer", "exponent"]
 Relation = Literal["<=", ">="]
-Outcome = Literal["met", "not met", "open"]
+Outcome = Literal["met", "not met", "open", "not measured"]
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -47,11 +48,18 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """A target, and how a figure stands to it; ``actual`` is None while it is open."""
+    """A target, and how a figure stands to it; ``actual`` is None while it is open or not measured.
+
+    ``within_spread``: of the single runs some meet it and others do not, so that the next median may say the opposite.
+    """
 
     target: Target
     actual: float | None
     outcome: Outcome
+    within_spread: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.outcome}, within the spread" if self.within_spread else self.outcome
 
 
 PEER_NAMES: Final[Mapping[str, str]] = {
@@ -124,13 +132,16 @@ def targets_of(record_name: str) -> list[Target]:
 
 def judge(record: Record) -> list[Verdict]:
     """Returns how a figure stands to each of its targets."""
-    return [_verdict(target, _actual(target, record)) for target in targets_of(record.name)]
+    return [
+        _verdict(target, _actual(target, record), _actual_of_runs(target, record), record.share)
+        for target in targets_of(record.name)
+    ]
 
 
 def overall(verdicts: list[Verdict]) -> str:
-    """Returns the last word of a figure's line: ``met``, ``not met``, ``open``, or nothing without a target."""
+    """Returns the last word of a figure's line: how it stands to its targets together, or nothing without a target."""
     outcomes = {verdict.outcome for verdict in verdicts}
-    for outcome in ("not met", "open", "met"):
+    for outcome in ("not met", "open", "not measured", "met"):
         if outcome in outcomes:
             return outcome
     return ""
@@ -142,10 +153,10 @@ def unmeasured(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(target.figure for target in TARGETS if target.figure not in measured))
 
 
-def judge_exponent(curve: str, exponent: float) -> list[Verdict]:
-    """Returns how a curve's exponent stands to its targets."""
+def judge_exponent(curve: str, exponent: float, share: float = 1.0) -> list[Verdict]:
+    """Returns how a curve's exponent stands to its targets; ``share`` is how much of the curve there is."""
     found = [target for target in TARGETS if target.figure == curve and target.of == "exponent"]
-    return [_verdict(target, exponent) for target in found]
+    return [_verdict(target, exponent, [], share) for target in found]
 
 
 def _actual(target: Target, record: Record) -> float | None:
@@ -162,8 +173,30 @@ def _actual(target: Target, record: Record) -> float | None:
             return None
 
 
-def _verdict(target: Target, actual: float | None) -> Verdict:
+def _actual_of_runs(target: Target, record: Record) -> list[float]:
+    """What is compared, of each single run; nothing where the record has the median alone."""
+    match target.of:
+        case "value":
+            return record.values
+        case "raw":
+            return [record.ratio_low, record.ratio_high]
+        case "peer":
+            runs = next((peer.values for peer in record.peers if peer.name == target.peer), [])
+            # Ours and the peer's took turns: neighbours are compared.
+            return [ours / theirs for ours, theirs in zip(record.values, runs, strict=False)]
+        case "p99_ms" | "exponent":
+            return []
+
+
+def _verdict(target: Target, actual: float | None, runs: Iterable[float], share: float) -> Verdict:
+    if share < 1:
+        return Verdict(target, None, "not measured")
     if actual is None:
         return Verdict(target, None, "open")
-    is_met = actual <= target.number if target.relation == "<=" else actual >= target.number
-    return Verdict(target, actual, "met" if is_met else "not met")
+    is_met = _meets(target, actual)
+    within_spread = any(_meets(target, run) != is_met for run in runs)
+    return Verdict(target, actual, "met" if is_met else "not met", within_spread)
+
+
+def _meets(target: Target, actual: float) -> bool:
+    return actual <= target.number if target.relation == "<=" else actual >= target.number

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import psutil
 
-from benchmarks.measure import Result, Side, measure
+from benchmarks.measure import Kind, Result, Run, Runner, Side, measure, percentile
 from benchmarks.records import Conditions, Record
 from benchmarks.targets import Verdict, judge_exponent
 
@@ -17,10 +17,20 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
 
 
+CALLS_FOR_P99: Final = 100
+"""Of fewer calls the 99th percentile is the slowest one, which says nothing."""
+
+PAGES: Final = "as written just before"
+"""Of a lake: in the system's cache as far as memory reaches, none of them evicted on purpose."""
+
+
 class Point(msgspec.Struct, frozen=True, kw_only=True):
     """One point: the cost of an operation at ``x``, beside its raw limit where there is one.
 
-    ``memory_mb``: resident memory of each process after the point was measured, by what it is.
+    ``values`` and ``raw_values`` are the costs of the single runs, of which ``cost`` and ``raw`` are the medians.
+    ``calls`` and ``raw_calls``: how many calls were timed, all runs together; 0 where nothing is called.  ``p99_ms`` is
+    that of all these calls; None of fewer than ``CALLS_FOR_P99``.  ``memory_mb``: resident memory of each process after
+    the point was measured, by what it is.  ``files``: how many the lake had that was asked.
     """
 
     x: float
@@ -30,6 +40,32 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     p99_ms: float | None = None
     raw: float | None = None
     memory_mb: dict[str, float] = {}
+    raw_values: list[float] = []
+    calls: int = 0
+    raw_calls: int = 0
+    files: int | None = None
+
+
+OnPoint = Callable[[str, Point], None]
+"""``on_point(curve, point)`` is called as soon as a point of the curve of that name has been measured."""
+
+
+def ignore_point(curve: str, point: Point) -> None:
+    """Does nothing."""
+
+
+class Points:
+    """The points of one curve while they are measured; each is told when it is there."""
+
+    def __init__(self, name: str, on_point: OnPoint = ignore_point) -> None:
+        self.name = name
+        self.measured: list[Point] = []
+        self._on_point = on_point
+
+    def add(self, point: Point) -> None:
+        """Adds the next point."""
+        self.measured.append(point)
+        self._on_point(self.name, point)
 
 
 class Fit(msgspec.Struct, frozen=True):
@@ -119,33 +155,84 @@ def curve(
     )
 
 
+def up_to(xs: Sequence[int], largest: float) -> list[int]:
+    """Returns the points up to ``largest``, as a share of the last one; two at least, or there is no curve."""
+    return [x for place, x in enumerate(xs) if place < 2 or x <= xs[-1] * largest]
+
+
+class Measured(NamedTuple):
+    """What one side came to, and how many of its calls were timed, all runs together."""
+
+    result: Result
+    calls: int
+
+
+async def measure_sides(
+    bench: Bench, sides: Sequence[Side], *, kind: Kind, count: int | None, least: int = 1
+) -> list[Measured]:
+    """Measures the sides in turn, as :func:`benchmarks.measure.measure` does; ``p99_ms`` is of the calls of all runs.
+
+    It is None of fewer than ``CALLS_FOR_P99`` calls.
+    """
+    kept: list[list[Run]] = [[] for _ in sides]
+    keeping = [side._replace(run=_keeping(side.run, runs)) for side, runs in zip(sides, kept, strict=True)]
+    results = await measure(keeping, bench.budget, kind=kind, count=count, least=least, most=20_000)
+    # The runs before these have found out how many calls fit.
+    return [_pooled(result, runs[-bench.budget.runs :]) for result, runs in zip(results, kept, strict=True)]
+
+
 async def cost_at(
     bench: Bench,
     x: float,
-    ours: Callable[[int], Awaitable[Any]],
-    raw: Callable[[int], Awaitable[Any]] | None,
+    ours: Runner,
+    raw: Runner | None,
     processes: Processes,
     *,
     rate: bool = False,
     count: int | None = None,
     least: int = 20,
+    files: int | None = None,
 ) -> Point:
     """Measures one point, ours and raw in turn.  Of a ``rate`` the cost is its inverse: µs an operation."""
     sides = [Side("", ours), *([Side("raw", raw)] if raw else [])]
-    results = await measure(
-        sides, bench.budget, kind="rate" if rate else "latency", count=count, least=least, most=20_000
-    )
-    own = results[0]
+    measured = await measure_sides(bench, sides, kind="rate" if rate else "latency", count=count, least=least)
+    return point_of(x, measured, processes, rate=rate, files=files)
+
+
+def point_of(
+    x: float, measured: Sequence[Measured], processes: Processes, *, rate: bool = False, files: int | None = None
+) -> Point:
+    """Makes a point of what ours, and the raw limit if there is one, came to."""
+    own, *others = measured
+    raw = others[0] if others else None
     return Point(
         x=x,
-        cost=_cost(own, rate),
-        values=[1e6 / value for value in own.values] if rate else own.values,
-        p50_ms=own.p50_ms,
-        p99_ms=own.p99_ms,
-        raw=_cost(results[1], rate) if raw else None,
+        cost=_cost(own.result.value, rate),
+        values=[_cost(value, rate) for value in own.result.values],
+        p50_ms=own.result.p50_ms,
+        p99_ms=own.result.p99_ms,
+        raw=_cost(raw.result.value, rate) if raw else None,
         memory_mb=processes.memory_mb(),
+        raw_values=[_cost(value, rate) for value in raw.result.values] if raw else [],
+        calls=own.calls,
+        raw_calls=raw.calls if raw else 0,
+        files=files,
     )
 
 
-def _cost(result: Result, rate: bool) -> float:
-    return 1e6 / result.value if rate else result.value
+def _keeping(run: Runner, runs: list[Run]) -> Runner:
+    async def run_and_keep(count: int) -> Run:
+        runs.append(await run(count))
+        return runs[-1]
+
+    return run_and_keep
+
+
+def _pooled(result: Result, runs: Sequence[Run]) -> Measured:
+    latencies_s = [latency_s for run in runs for latency_s in run.latencies_s]
+    p99_ms = percentile(latencies_s, 0.99) * 1000 if len(latencies_s) >= CALLS_FOR_P99 else None
+    return Measured(msgspec.structs.replace(result, p99_ms=p99_ms), len(latencies_s))
+
+
+def _cost(value: float, rate: bool) -> float:
+    return 1e6 / value if rate else value

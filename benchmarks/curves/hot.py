@@ -14,7 +14,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.bench import NAMESPACE, RAW_HOT_PREFIX, Bench, BenchServer
-from benchmarks.curves.curve import Curve, Point, Processes, cost_at, curve
+from benchmarks.curves.curve import Curve, OnPoint, Point, Points, Processes, cost_at, curve, ignore_point, up_to
 from benchmarks.measure import load
 from benchmarks.payloads import Bodies, encoded, text_of
 from benchmarks.raw_nats import AtomicBatches, Message, OwnInbox
@@ -33,19 +33,22 @@ VERSIONS: Final = (1, 10, 100, 1_000, 10_000)
 SUBJECTS: Final = (1_000, 10_000, 100_000, 1_000_000)
 _IN_A_CALL: Final = 500
 _KNOWN: Final = 20_000
+_PUTS: Final = 2_000
+"""Of a run, at most, where what is put is what grows."""
 _ONCE: Final = {"Nats-Expected-Last-Subject-Sequence": "0"}
 _GET: Final = f"$JS.API.DIRECT.GET.{HOT_STREAM}"
 
 
-async def body_size(bench: Bench, largest: float) -> list[Curve]:
+async def body_size(bench: Bench, largest: float, on_point: OnPoint = ignore_point) -> list[Curve]:
     """Storing and reading one context after the other, by the size of its body."""
-    text = text_of(random.Random(71), 32 << 20).encode()
+    sizes = up_to(BODIES, largest)
+    text = text_of(random.Random(71), max(1 << 20, 4 * sizes[-1])).encode()
     numbers = count()
-    puts: list[Point] = []
-    gets: list[Point] = []
+    puts = Points("put_body", on_point)
+    gets = Points("resolve_body", on_point)
     async with _hot(bench) as (server, hf, _inbox, processes):
         jetstream = server.client.jetstream()
-        for size in _up_to(BODIES, largest):
+        for size in sizes:
             stored: list[Ref] = []
 
             def make(number: int, size: int = size) -> list[bytes]:
@@ -62,9 +65,9 @@ async def body_size(bench: Bench, largest: float) -> list[Curve]:
                     await jetstream.publish(message.subject, message.payload, headers=message.headers)
 
             least = 4 if size >= 1 << 20 else 20
-            puts.append(await cost_at(bench, size, load(make, put), load(forms, publish), processes, least=least))
+            puts.add(await cost_at(bench, size, load(make, put), load(forms, publish), processes, least=least))
             chosen = random.Random(72)
-            gets.append(
+            gets.add(
                 await cost_at(
                     bench, size, load(partial(_choose, chosen, stored), hf.resolve), None, processes, least=least
                 )
@@ -72,40 +75,40 @@ async def body_size(bench: Bench, largest: float) -> list[Curve]:
     parameters: dict[str, Any] = {"concurrency": 1, "content_type": "application/octet-stream"}
     return [
         curve(
-            "put_body",
+            puts.name,
             "hf.put",
             x_name="bytes of the body",
-            points=puts,
+            points=puts.measured,
             raw_what="js.publish of the same messages",
             **parameters,
         ),
         curve(
-            "resolve_body",
+            gets.name,
             "hf.resolve of a hot context, near cache off",
             x_name="bytes of the body",
-            points=gets,
+            points=gets.measured,
             **parameters,
         ),
     ]
 
 
-async def concurrency(bench: Bench, largest: float) -> list[Curve]:
+async def concurrency(bench: Bench, largest: float, on_point: OnPoint = ignore_point) -> list[Curve]:
     """Storing and reading by so many tasks of one process: µs an operation, so a fall is a gain."""
     bodies = Bodies(73)
     source = random.Random(74)
-    puts: list[Point] = []
-    gets: list[Point] = []
+    puts = Points("put_concurrency", on_point)
+    gets = Points("resolve_concurrency", on_point)
     async with _hot(bench) as (server, hf, inbox, processes):
         batches = AtomicBatches(server.client)
         refs = await _fill(hf, bodies, bench.scale(10_000, 500))
         subjects = [_subject(ref) for ref in refs]
-        for tasks in _up_to(CALLERS, largest):
+        for tasks in up_to(CALLERS, largest):
             group = min(tasks, 64)
 
             def groups(number: int, group: int = group) -> list[list[Message]]:
                 return [_raw(bodies, group) for _ in range(number)]
 
-            puts.append(
+            puts.add(
                 await cost_at(
                     bench,
                     tasks,
@@ -116,7 +119,7 @@ async def concurrency(bench: Bench, largest: float) -> list[Curve]:
                     least=4 * tasks,
                 )
             )
-            gets.append(
+            gets.add(
                 await cost_at(
                     bench,
                     tasks,
@@ -129,33 +132,33 @@ async def concurrency(bench: Bench, largest: float) -> list[Curve]:
             )
     return [
         curve(
-            "put_concurrency",
+            puts.name,
             "hf.put",
             x_name="tasks",
             cost_unit="µs",
-            points=puts,
+            points=puts.measured,
             payload_bytes=BODY_BYTES,
             raw_what="atomic batches of as many, 64 at most",
         ),
         curve(
-            "resolve_concurrency",
+            gets.name,
             "hf.resolve of a hot context, near cache off",
             x_name="tasks",
             cost_unit="µs",
-            points=gets,
+            points=gets.measured,
             payload_bytes=BODY_BYTES,
             raw_what="direct gets over one own inbox",
         ),
     ]
 
 
-async def versions(bench: Bench, largest: float) -> list[Curve]:
+async def versions(bench: Bench, largest: float, on_point: OnPoint = ignore_point) -> list[Curve]:
     """Reading the newest version of a key, and writing the next one, by how many there are."""
     bodies = Bodies(75)
-    puts: list[Point] = []
-    gets: list[Point] = []
+    puts = Points("key_put_versions", on_point)
+    gets = Points("key_get_versions", on_point)
     async with _hot(bench) as (_server, hf, _inbox, processes):
-        for number in _up_to(VERSIONS, largest):
+        for number in up_to(VERSIONS, largest):
             names = [f"grown{number}.{key}" for key in range(max(1, 100 // number))]
             for name in names:
                 for body in bodies.take(number, BODY_BYTES):
@@ -165,70 +168,70 @@ async def versions(bench: Bench, largest: float) -> list[Curve]:
             def in_turn(calls: int, names: list[str] = names) -> list[str]:
                 return [names[call % len(names)] for call in range(calls)]
 
-            gets.append(await cost_at(bench, number, load(in_turn, hf.keys.get), None, processes))
+            gets.add(await cost_at(bench, number, load(in_turn, hf.keys.get), None, processes))
 
             async def put(body: dict[str, Any], names: list[str] = names, turns: Any = turns) -> None:
                 await hf.keys.put(names[next(turns) % len(names)], body)
 
             # Few, so that the versions stay about as many as they were.
             few = max(10, min(200, number * len(names) // 10))
-            puts.append(
+            puts.add(
                 await cost_at(
                     bench, number, load(lambda calls: bodies.take(calls, BODY_BYTES), put), None, processes, count=few
                 )
             )
     return [
         curve(
-            "key_put_versions",
+            puts.name,
             "hf.keys.put of the next version",
             x_name="versions of the key",
-            points=puts,
+            points=puts.measured,
             payload_bytes=BODY_BYTES,
             concurrency=1,
         ),
         curve(
-            "key_get_versions",
+            gets.name,
             "hf.keys.get of the newest version",
             x_name="versions of the key",
-            points=gets,
+            points=gets.measured,
             payload_bytes=BODY_BYTES,
             concurrency=1,
         ),
     ]
 
 
-async def subjects(bench: Bench, largest: float) -> list[Curve]:
+async def subjects(bench: Bench, largest: float, on_point: OnPoint = ignore_point) -> list[Curve]:
     """Storing and reading by how many contexts are hot, each a subject of the server."""
     bodies = Bodies(76)
     source = random.Random(77)
-    puts: list[Point] = []
-    gets: list[Point] = []
-    memory: list[Point] = []
+    puts = Points("put_subjects", on_point)
+    gets = Points("resolve_subjects", on_point)
+    memory = Points("memory_subjects", on_point)
     refs: list[Ref] = []
     stored = 0
     async with _hot(bench) as (server, hf, inbox, processes):
         jetstream = server.client.jetstream()
         empty_mb = processes.memory_mb()["server"]
 
+        async def put(body: dict[str, Any]) -> None:
+            nonlocal stored
+            await hf.put(body)
+            stored += 1
+
         async def publish(message: Message) -> None:
             await jetstream.publish(message.subject, message.payload, headers=message.headers)
 
-        for number in _up_to(SUBJECTS, largest):
+        for number in up_to([bench.scale(number, number // 10) for number in SUBJECTS], largest):
             while stored < number:
                 found = await _fill(hf, bodies, min(_IN_A_CALL * 4, number - stored))
                 stored += len(found)
                 refs += found[: max(1, _KNOWN * len(found) // number)]
             asked = [_subject(ref) for ref in refs]
-            puts.append(
-                await cost_at(
-                    bench,
-                    number,
-                    load(lambda calls: bodies.take(calls, BODY_BYTES), hf.put),
-                    load(lambda calls: _raw(bodies, calls), publish),
-                    processes,
-                )
-            )
-            gets.append(
+            # Before the puts of this point, which make more of what is counted; few of them for the same reason.
+            server_mb = processes.memory_mb()
+            grown = max(0.1, server_mb["server"] - empty_mb)
+            memory.add(Point(x=number, cost=grown, values=[grown], memory_mb=server_mb))
+            gets.add(
                 await cost_at(
                     bench,
                     number,
@@ -237,32 +240,40 @@ async def subjects(bench: Bench, largest: float) -> list[Curve]:
                     processes,
                 )
             )
-            grown = max(0.1, processes.memory_mb()["server"] - empty_mb)
-            memory.append(Point(x=number, cost=grown, values=[grown], memory_mb=processes.memory_mb()))
+            puts.add(
+                await cost_at(
+                    bench,
+                    number,
+                    load(lambda calls: bodies.take(calls, BODY_BYTES), put),
+                    load(lambda calls: _raw(bodies, calls), publish),
+                    processes,
+                    count=min(_PUTS, number // 10),
+                )
+            )
     parameters: dict[str, Any] = {"payload_bytes": BODY_BYTES, "concurrency": 1}
     return [
         curve(
-            "put_subjects",
+            puts.name,
             "hf.put",
             x_name="hot contexts",
-            points=puts,
+            points=puts.measured,
             raw_what="js.publish into a bare stream of few",
             **parameters,
         ),
         curve(
-            "resolve_subjects",
+            gets.name,
             "hf.resolve, near cache off",
             x_name="hot contexts",
-            points=gets,
+            points=gets.measured,
             raw_what="direct get over one own inbox",
             **parameters,
         ),
         curve(
-            "memory_subjects",
+            memory.name,
             "growth of the server's resident memory",
             x_name="hot contexts",
             cost_unit="MB",
-            points=memory,
+            points=memory.measured,
             **parameters,
         ),
     ]
@@ -287,11 +298,6 @@ async def _fill(hf: Holdfast, bodies: Bodies, number: int) -> list[Ref]:
 
 def _choose(source: random.Random, items: Sequence[Any], number: int) -> list[Any]:
     return source.choices(items, k=number)
-
-
-def _up_to(points: Sequence[int], largest: float) -> list[int]:
-    """Returns the points up to ``largest``, as a share of the last one; two at least, or there is no curve."""
-    return [point for number, point in enumerate(points) if number < 2 or point <= points[-1] * largest]
 
 
 def _distinct(text: bytes, number: int, size: int) -> bytes:

@@ -1,4 +1,8 @@
-"""``python -m benchmarks full [CURVE…]``: measures the growth curves, prints their exponents, writes one JSON file."""
+"""``python -m benchmarks full [CURVE…]``: measures the growth curves, prints their exponents, writes one JSON file.
+
+The file is written after every point, so that a run that is stopped keeps what it has measured.  Curves that are
+measured together and fail do not stop the others: that is told at the end, and in the exit code.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -17,28 +21,106 @@ from rich.table import Table
 
 from benchmarks.bench import Bench
 from benchmarks.curves import cold, hot
-from benchmarks.curves.curve import Curve, CurvesFile
-from benchmarks.event_loop import default_loop, run_on_loop
+from benchmarks.curves.curve import Curve, CurvesFile, OnPoint, Point
+from benchmarks.event_loop import default_loop
 from benchmarks.measure import Budget
-from benchmarks.records import RESULTS, Record, conditions
+from benchmarks.outcome import Outcome
+from benchmarks.records import RUNS, Conditions, Record, ResultsFile, conditions, default_path
 from benchmarks.table import number, print_table
-from benchmarks.targets import overall
+from benchmarks.targets import judge, judge_exponent, overall
 
 SECONDS_PER_POINT: Final = 4.0
-RUNS: Final = 3
 TABLE_WIDTH: Final = 200
 BYTES_A_ROW: Final = 700
 """Of the largest lake, its index and the one beside it: what must be free before it is begun."""
 
-CURVES: Final[dict[str, Callable[[Bench, float], Awaitable[list[Curve]]]]] = {
-    "bodies": hot.body_size,
-    "concurrency": hot.concurrency,
-    "versions": hot.versions,
-    "subjects": hot.subjects,
-    "files": cold.files,
-    "sql": cold.sql,
-    "rows": cold.rows,
+
+class Family(NamedTuple):
+    """Curves that are measured together, and what they are measured at along the whole way."""
+
+    measure: Callable[[Bench, float, OnPoint], Awaitable[list[Curve]]]
+    xs: Sequence[int]
+
+
+CURVES: Final[dict[str, Family]] = {
+    "bodies": Family(hot.body_size, hot.BODIES),
+    "concurrency": Family(hot.concurrency, hot.CALLERS),
+    "versions": Family(hot.versions, hot.VERSIONS),
+    "subjects": Family(hot.subjects, hot.SUBJECTS),
+    "files": Family(cold.files, cold.FILES),
+    "sql": Family(cold.sql, cold.ROWS[1:]),
+    "rows": Family(cold.rows, cold.ROWS),
 }
+
+
+class CurvesRun(CurvesFile, frozen=True, kw_only=True):
+    """What is there of a run so far: of curves that are not finished, or failed, the points by their name."""
+
+    unfinished: dict[str, list[Point]] = msgspec.field(default_factory=dict[str, list[Point]])
+
+
+class Measuring:
+    """A run along the curves: keeps in a file, and tells, what has been measured as soon as it has."""
+
+    def __init__(self, bench: Bench, shared: Conditions, results: ResultsFile, say: Callable[[str], object]) -> None:
+        self.curves: list[Curve] = []
+        self.outcome = Outcome()
+        self._bench = bench
+        self._shared = shared
+        self._results = results
+        self._say = say
+        self._seconds: dict[str, float] = {}
+        self._unfinished: dict[str, list[Point]] = {}
+        self._began = time.monotonic()
+
+    @property
+    def records(self) -> list[Record]:
+        """The figures of the last points; of a part of the way, they say so."""
+        return [_judged(record, self._shared.share) for record in self._bench.records]
+
+    async def run(self, names: Sequence[str]) -> None:
+        """Measures families of curves, one after the other."""
+        for name in names:
+            began = time.monotonic()
+            try:
+                found = await CURVES[name].measure(self._bench, self._shared.share, self._on_point(name))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next curves can still be measured
+                self.outcome.fail(name, error)
+                continue
+            self.curves += [_judged_curve(curve, self._shared.share) for curve in found]
+            for curve in found:
+                self._unfinished.pop(curve.name, None)
+            self._seconds[name] = round(time.monotonic() - began, 1)
+            self.keep()
+            self._say(f"{name}: {self._seconds[name]:.0f} s")
+
+    def keep(self) -> bool:
+        """Writes what there is; returns whether there is something, and it could be written."""
+        if not (self.curves or self._unfinished or self._bench.records):
+            return False
+        found = CurvesRun(
+            conditions=self._shared,
+            curves=self.curves,
+            records=self.records,
+            seconds=self._seconds,
+            unfinished=self._unfinished,
+        )
+        return self._results.keep(found, self._say)
+
+    def _on_point(self, family: str) -> OnPoint:
+        most = len(CURVES[family].xs)
+        of = f"of {most}" if self._shared.share >= 1 else f"of {most} at most"
+
+        def on_point(curve: str, point: Point) -> None:
+            points = self._unfinished.setdefault(curve, [])
+            points.append(point)
+            self.keep()
+            self._say(
+                f"{curve}: point {len(points)} {of}, cost {number(point.cost)} at {number(point.x)}; "
+                f"{time.monotonic() - self._began:.0f} s so far"
+            )
+
+        return on_point
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,7 +133,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--share", type=float, default=1.0, help="how far along the curves, 1 being their end")
     parser.add_argument("--seconds-per-point", type=float, default=SECONDS_PER_POINT, metavar="N")
     parser.add_argument("--runs", type=int, default=RUNS, help="of which a point is the median")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where the curves go")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="where the curves go (a file that is there is kept: -2, -3 …)"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="the disk to measure on")
     options = parser.parse_args(arguments)
     names: list[str] = options.names or list(CURVES)
@@ -67,30 +151,27 @@ def main(arguments: Sequence[str]) -> int:
             progress.print(f"{needed / 1e9:.0f} GB are needed below {scratch}; give another disk with --data")
             return 2
         loop = default_loop()
-        shared = conditions(Path(scratch), loop)
+        shared = msgspec.structs.replace(conditions(Path(scratch), loop), share=options.share)
+        results = ResultsFile(options.json or default_path(shared, "curves-"))
         budget = Budget(options.seconds_per_point, options.runs, quick=options.share < 0.001)
-        bench = Bench(budget, shared, Path(scratch), [])
-        curves: list[Curve] = []
-        seconds: dict[str, float] = {}
 
-        async def run() -> None:
-            for name in names:
-                began = time.monotonic()
-                curves.extend(await CURVES[name](bench, options.share))
-                seconds[name] = round(time.monotonic() - began, 1)
-                progress.print(f"{name}: {seconds[name]:.0f} s")
+        def keep(_: Record) -> None:
+            measuring.keep()
 
-        run_on_loop(loop, run())
-    records = bench.records if options.share == 1.0 else [_scaled(record) for record in bench.records]
-    path: Path = options.json or RESULTS / f"curves-{shared.started_at[:10]}-{shared.git_commit}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    outcome = CurvesFile(conditions=shared, curves=curves, records=records, seconds=seconds)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(outcome), indent=1) + b"\n")
-    print_curves(curves, console)
-    if records:
-        print_table(records, shared, console)
-    console.print(f"curves: {path}")
-    return 0
+        measuring = Measuring(
+            Bench(budget, shared, Path(scratch), [], keep),
+            shared,
+            results,
+            lambda line: progress.print(line, highlight=False, markup=False, soft_wrap=True),
+        )
+        measuring.outcome.run(loop, measuring.run(names))
+    if measuring.curves:
+        print_curves(measuring.curves, console)
+    if measuring.records:
+        print_table(measuring.records, shared, console)
+    # Once more, for what a full disk may have kept out of it.
+    path = results.path if measuring.keep() else None
+    return measuring.outcome.tell("curves", path, console, progress)
 
 
 def print_curves(curves: Sequence[Curve], console: Console) -> None:
@@ -115,6 +196,11 @@ def print_curves(curves: Sequence[Curve], console: Console) -> None:
     console.print(table)
 
 
-def _scaled(record: Record) -> Record:
+def _judged(record: Record, share: float) -> Record:
     """A part of the way says nothing about the targets of its end."""
-    return msgspec.structs.replace(record, verdicts=[])
+    scaled = msgspec.structs.replace(record, share=min(1.0, share))
+    return msgspec.structs.replace(scaled, verdicts=judge(scaled))
+
+
+def _judged_curve(curve: Curve, share: float) -> Curve:
+    return msgspec.structs.replace(curve, verdicts=judge_exponent(curve.name, curve.fit.exponent, share))

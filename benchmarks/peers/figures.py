@@ -4,31 +4,38 @@ A figure is known by its name alone, so that the file that measures it need not 
 
 * writing new contexts one after the other, from many tasks, in calls of many;
 * reading hot ones one after the other, from 64 tasks, 100 in a call, and from what the process has in hand;
-* versions of named contexts: new keys, the next version on keys of their own, 32 writers on one key.
+* versions of named contexts: new keys, the next version of 512 keys in turn, 32 tasks that each merge a member into
+  one key, which every store does by itself: no writer has to come again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.measure import Runner, Side, load
 from benchmarks.payloads import Bodies, encoded
-from benchmarks.peers.peer import ConflictError, Peer
+from benchmarks.peers.in_hand import in_hand
 from benchmarks.peers.postgres_redis import PostgresRedis, open_postgres_redis
 from benchmarks.peers.redis_always import open_redis_always
 from benchmarks.peers.servers import PeerMissingError
 from benchmarks.peers.sqlite_dict import open_sqlite_dict
 
+if TYPE_CHECKING:
+    from benchmarks.peers.peer import Peer
+
 BODY_BYTES: Final = 600
 READ: Final = 10_000
 """Contexts that are there to be read, as in the figures of Holdfast."""
+UPDATED_KEYS: Final = 512
+MEMBERS: Final = 100
+"""Keys that are updated, and members of the one that all change, as in the figures of Holdfast."""
 _IN_A_CALL: Final = 500
 
 PEERS: Final[dict[str, Callable[[Path], Any]]] = {
@@ -41,7 +48,7 @@ IN_PROCESS: Final = frozenset({"sqlite_dict"})
 
 PUTS: Final = {"put_sequential": 1, "put_64_producers": 64, "put_256_producers": 256}
 PUTS_OF_MANY: Final = {"put_many_100": 100, "put_many_500": 500}
-READS: Final = {"resolve_hot_sequential": 1, "resolve_hot_64": 64, "near_cache": 1, "key_get_small": 1}
+READS: Final = {"resolve_hot_sequential": 1, "resolve_hot_64": 64, "key_get_small": 1}
 READS_OF_MANY: Final = {"resolve_many_100": 100}
 NEW_KEYS: Final = {"key_put_sequential": 1, "key_put_64": 64}
 UPDATES: Final = {"key_update_64": 64}
@@ -92,6 +99,8 @@ class Peers:
         if figure in PUTS_OF_MANY:
             size = PUTS_OF_MANY[figure]
             return load(lambda number: [self._new(size) for _ in range(number)], peer.put_many, 1, weight=size)
+        if figure == _NEAR:
+            return in_hand(await self._keys_to_read(peer, stored), peer.get)
         if figure in READS or figure in READS_OF_MANY:
             return self._reads(peer, figure, await self._keys_to_read(peer, stored))
         if figure in NEW_KEYS:
@@ -120,45 +129,33 @@ class Peers:
         return load(lambda number: self._random.choices(keys, k=number), peer.get, READS[figure])
 
     async def _updates(self, peer: Peer, tasks: int) -> Runner:
-        """Each task writes version after version of a key of its own, as it knows them."""
-        keys = [f"k{next(self._numbers)}" for _ in range(tasks)]
-        known = dict.fromkeys(keys, 0)
-        [(_, body)] = self._new(1)
-        free: list[str] = list(keys)
+        """Keys in turn get their next version from whoever knows the newest one."""
+        known: deque[tuple[str, int]] = deque((f"k{next(self._numbers)}", 0) for _ in range(UPDATED_KEYS))
 
-        async def update(_: int) -> None:
-            key = free.pop()
-            await _next_version(peer, key, body, known[key])
-            known[key] += 1
-            free.append(key)
+        async def update(item: tuple[str, bytes]) -> None:
+            key, version = known.popleft()
+            await next_version(peer, key, item[1], version)
+            known.append((key, version + 1))
 
-        return load(lambda number: list(range(number)), update, tasks)
+        return load(self._new, update, tasks)
 
     async def _one_key(self, peer: Peer, tasks: int) -> Runner:
-        """All tasks write the same key: whoever comes too late reads the version again."""
+        """All tasks change the same key, each a member of it."""
         key = f"k{next(self._numbers)}"
-        [(_, body)] = self._new(1)
-        await _next_version(peer, key, body, 0)
+        await next_version(peer, key, encoded({f"f{field}": 0 for field in range(MEMBERS)}), 0)
 
-        async def win(_: int) -> None:
-            while True:
-                version = await peer.version(key)
-                try:
-                    await peer.update(key, body, version)
-                except ConflictError:
-                    # As every client of such a table does, so that not all of them come back at once.
-                    await asyncio.sleep(self._random.random() * 0.002)
-                    continue
-                return
+        def patches(number: int) -> list[bytes]:
+            return [encoded({f"f{n % MEMBERS}": n}) for n in (next(self._numbers) for _ in range(number))]
 
-        return load(lambda number: list(range(number)), win, tasks)
+        return load(patches, partial(peer.patch, key), tasks)
 
 
 async def _first_version(peer: Peer, item: tuple[str, bytes]) -> None:
-    await _next_version(peer, *item, 0)
+    await next_version(peer, *item, 0)
 
 
-async def _next_version(peer: Peer, key: str, body: bytes, expected: int) -> None:
+async def next_version(peer: Peer, key: str, body: bytes, expected: int) -> None:
+    """Writes the version of a key after ``expected``, 0 for a new key."""
     # A script of Redis creates what is not there; a table needs an insert for it.
     if expected == 0 and peer.name != "redis_always":
         await peer.put(key, body)

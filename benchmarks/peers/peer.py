@@ -1,4 +1,8 @@
-"""What every peer is asked to do.  Bodies are bytes already encoded, where Holdfast encodes, hashes and seals too."""
+"""What every peer is asked to do.  Bodies are bytes already encoded, where Holdfast encodes, hashes and seals too.
+
+Each of them stores a body once: a context is one row or one value, and so is the newest version of a key; the write of
+the next version moves what was there to the versions before it.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +41,13 @@ class Peer(Protocol):
         """Writes the version after ``expected`` and keeps the earlier ones; raises ConflictError when it is taken."""
         ...
 
-    async def version(self, key: str) -> int:
-        """Returns the newest version of a key, 0 for none, as whoever is to write the next one would read it."""
+    async def patch(self, key: str, members: bytes) -> None:
+        """Merges members into the newest version of a key, as the next version, where the store itself can do that:
+        it then takes one writer after the other, and none has to come again."""
+        ...
+
+    async def history(self, key: str) -> list[bytes]:
+        """Returns every version of a key, the oldest first.  Nothing measures it: it shows that they are all kept."""
         ...
 
     async def bytes_in_memory(self) -> int:

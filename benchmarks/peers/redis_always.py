@@ -14,13 +14,22 @@ from benchmarks.peers.peer import ConflictError
 from benchmarks.peers.servers import PeerMissingError, redis
 
 _UPDATE: Final = """
-local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '0')
+local head = redis.call('HMGET', KEYS[1], 'version', 'body')
+local version = tonumber(head[1] or '0')
 if version ~= tonumber(ARGV[2]) then return 0 end
+if version > 0 then redis.call('RPUSH', KEYS[1] .. ':versions', head[2]) end
 redis.call('HSET', KEYS[1], 'version', version + 1, 'body', ARGV[1])
-redis.call('RPUSH', KEYS[1] .. ':versions', ARGV[1])
 return version + 1
 """
-"""A version compared and written, and the earlier ones kept, in one step of the server."""
+"""A version compared and written, and the one before it moved to the earlier ones, in one step of the server."""
+
+_PATCH: Final = """
+local head = redis.call('HMGET', KEYS[1], 'version', 'body')
+local body = cjson.decode(head[2])
+for name, value in pairs(cjson.decode(ARGV[1])) do body[name] = value end
+redis.call('RPUSH', KEYS[1] .. ':versions', head[2])
+redis.call('HSET', KEYS[1], 'version', head[1] + 1, 'body', cjson.encode(body))
+"""
 
 
 def connection_options(port: int) -> dict[str, Any]:
@@ -46,6 +55,7 @@ class RedisAlways:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._update = client.register_script(_UPDATE)
+        self._patch = client.register_script(_PATCH)
 
     async def put(self, key: str, body: bytes) -> None:
         await self._client.set(key, body, nx=True)
@@ -67,8 +77,12 @@ class RedisAlways:
         if not await self._update(keys=[f"key:{key}"], args=[body, expected]):
             raise ConflictError(key)
 
-    async def version(self, key: str) -> int:
-        return int(await self._client.hget(f"key:{key}", "version") or 0)
+    async def patch(self, key: str, members: bytes) -> None:
+        await self._patch(keys=[f"key:{key}"], args=[members])
+
+    async def history(self, key: str) -> list[bytes]:
+        earlier: list[bytes] = await self._client.lrange(f"key:{key}:versions", 0, -1)
+        return [*earlier, await self._client.hget(f"key:{key}", "body")]
 
     async def bytes_in_memory(self) -> int:
         used: int = (await self._client.info("memory"))["used_memory"]

@@ -77,21 +77,39 @@ class SqliteDict:
 
     async def update(self, key: str, body: bytes, expected: int) -> None:
         def swap(connection: sqlite3.Connection) -> bool:
-            changed = connection.execute(
-                "UPDATE contexts SET version = version + 1, body = ? WHERE key = ? AND version = ?",
-                (body, key, expected),
+            moved = connection.execute(
+                "INSERT INTO versions SELECT key, version, body FROM contexts WHERE key = ? AND version = ?",
+                (key, expected),
             ).rowcount
-            if changed:
-                connection.execute("INSERT INTO versions VALUES (?, ?, ?)", (key, expected + 1, body))
-            return bool(changed)
+            if moved:
+                connection.execute("UPDATE contexts SET version = version + 1, body = ? WHERE key = ?", (body, key))
+            return bool(moved)
 
         if not await self._do(swap):
             raise ConflictError(key)
         self._keep(key, body)
 
-    async def version(self, key: str) -> int:
-        row = self._connection.execute("SELECT version FROM contexts WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else 0
+    async def patch(self, key: str, members: bytes) -> None:
+        def merge(connection: sqlite3.Connection) -> bytes:
+            connection.execute("INSERT INTO versions SELECT key, version, body FROM contexts WHERE key = ?", (key,))
+            [(body,)] = connection.execute(
+                "UPDATE contexts SET version = version + 1, "
+                "body = CAST(json_patch(CAST(body AS TEXT), CAST(? AS TEXT)) AS BLOB) WHERE key = ? RETURNING body",
+                (members, key),
+            ).fetchall()
+            return bytes(body)
+
+        merged = await self._do(merge)
+        assert isinstance(merged, bytes)
+        self._keep(key, merged)
+
+    async def history(self, key: str) -> list[bytes]:
+        rows = self._connection.execute(
+            "SELECT version, body FROM versions WHERE key = ? "
+            "UNION ALL SELECT version, body FROM contexts WHERE key = ? ORDER BY version",
+            (key, key),
+        )
+        return [body for _, body in rows]
 
     async def bytes_in_memory(self) -> int:
         # What the dict takes beyond the bodies is small change; pages of SQLite are bounded.
