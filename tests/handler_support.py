@@ -40,6 +40,13 @@ class Seen:
                 await self._more.wait()
         return self.events
 
+    async def wait_for(self, event_id: str) -> None:
+        """Waits for one event, however often others come."""
+        async with asyncio.timeout(LIMIT_S):
+            while all(event.event_id != event_id for event in self.events):
+                self._more.clear()
+                await self._more.wait()
+
 
 @asynccontextmanager
 async def other(url: str, namespace: str, agent: str = "other") -> AsyncGenerator[tuple[Holdfast, Handlers]]:

@@ -86,7 +86,7 @@ class Outcome(msgspec.Struct):
 
 
 class Chosen(msgspec.Struct, frozen=True):
-    """Which points of a cycle, or those before each call of one name; shared out to how many processes."""
+    """Which points of a cycle, or which of its calls of one name; shared out to how many processes."""
 
     points: Sequence[int]
     before: str | None
@@ -169,20 +169,22 @@ async def look_and_mend(place: Place, cycle: str, stored: Stored) -> Outcome:
 class Sweep:
     """The points of one cycle, one after another, each in the same folder."""
 
-    def __init__(self, folder: Path, cycle: str, base: Base) -> None:
+    def __init__(self, folder: Path, cycle: str, base: Base, before: str | None = None) -> None:
         self._work = folder
         self._cycle = cycle
         self._base = base
+        self.before = before
 
     def point(self, kill_at: int | None) -> tuple[Traced, Outcome]:
-        """Runs the cycle, killed before its ``kill_at``-th call unless None, and looks at what came of it."""
+        """Runs the cycle, killed before its ``kill_at``-th call (of the name, if there is one) unless None, and looks
+        at what came of it."""
         copy_place(self._base.folder, self._work)
         server = PlainServer(self._work / "nats")
         place = Place(self._work, server.url)
         place.claim_temporary_files()
         server.start()
         try:
-            traced = run_traced(become(lambda: _CYCLES[self._cycle](place)), kill_at=kill_at)
+            traced = run_traced(become(lambda: _CYCLES[self._cycle](place)), kill_at=kill_at, of=self.before)
             if traced.status not in (0, -signal.SIGKILL):
                 raise RuntimeError(f"{self._cycle}, call {kill_at}: the cycle ended with {traced.status}")
             outcome = call(lambda: look_and_mend(place, self._cycle, self._base.stored), Outcome)
@@ -222,7 +224,7 @@ def sweep(runs: Sweep, wanted: Outcome, report: Report, points: Iterable[int], *
     ended = 0
     for number in points:
         traced, outcome = runs.point(number)
-        where = f"seed {report.seed}, {report.cycle}, call {number}"
+        where = f"seed {report.seed}, {report.cycle}, {runs.before or 'call'} {number}"
         report.violations += [f"{where}: {told}" for told in compare(wanted, outcome)]
         if traced.status == 0:
             undisturbed.append(len(traced.calls))
@@ -256,12 +258,12 @@ def _sweep_cycle(folder: Path, cycle: str, base: Base, seed: int, chosen: Chosen
 
     points = chosen.points
     if chosen.before:
-        points = [number for number, name in enumerate(first.calls, 1) if name == chosen.before][:: chosen.stride]
+        points = range(1, whole.kinds.get(chosen.before, 0) + 1, chosen.stride)
 
     def lane(number: int) -> None:
         report = Report(cycle, seed, calls=whole.calls)
         own = points[number :: chosen.lanes]
-        sweep(Sweep(folder / f"lane{number}", cycle, base), wanted, report, own, is_told=chosen.is_told)
+        sweep(Sweep(folder / f"lane{number}", cycle, base, chosen.before), wanted, report, own, is_told=chosen.is_told)
         (folder / f"report{number}").write_bytes(msgspec.json.encode(report))
 
     pids = [fork(partial(lane, number)) for number in range(chosen.lanes)]

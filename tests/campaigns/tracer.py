@@ -100,10 +100,11 @@ def why_not() -> str | None:
     return None if ended.status == 0 and len(ended.calls) == 1 else f"tracing does not work here: {ended}"
 
 
-def run_traced(work: Callable[[], object], *, kill_at: int | None = None) -> Traced:
+def run_traced(work: Callable[[], object], *, kill_at: int | None = None, of: str | None = None) -> Traced:
     """Forks a process that does ``work``, and kills it before its ``kill_at``-th call, from 1.
 
-    The caller must have no threads.  Never leaves the process behind.
+    ``of``: only calls of this name count, as they are named in :attr:`Traced.calls`.  The caller must have no threads.
+    Never leaves the process behind.
     """
     ready_read, ready_write = os.pipe()
     child = os.fork()
@@ -119,7 +120,7 @@ def run_traced(work: Callable[[], object], *, kill_at: int | None = None) -> Tra
         raise
     finally:
         os.close(ready_write)
-    return _follow(child, kill_at)
+    return _follow(child, kill_at, of)
 
 
 def _be_traced(work: Callable[[], object], ready_read: int, ready_write: int) -> NoReturn:
@@ -137,8 +138,9 @@ def _be_traced(work: Callable[[], object], ready_read: int, ready_write: int) ->
         os._exit(status)
 
 
-def _follow(child: int, kill_at: int | None) -> Traced:
+def _follow(child: int, kill_at: int | None, of: str | None) -> Traced:
     calls: list[str] = []
+    counted = 0
     kinds: dict[str, str | None] = {}
     is_killed = False
     while True:
@@ -153,7 +155,9 @@ def _follow(child: int, kill_at: int | None) -> Traced:
         if event == _EVENT_SECCOMP:
             call = _call_of(tid, kinds)
             if call is not None:
-                if kill_at is not None and len(calls) + 1 == kill_at:
+                counts = of in (None, call)
+                counted += counts
+                if counts and counted == kill_at:
                     os.kill(child, signal.SIGKILL)
                     is_killed = True
                     continue

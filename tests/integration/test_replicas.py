@@ -41,6 +41,8 @@ _NOT_YET_S = 0.4
 """How long a reader of a lagging copy is watched not to answer."""
 _MANY = 24
 NOWHERE = Digest("a" * 32)
+_NOBODY = ("127.0.0.1", 1)
+"""Where nobody listens."""
 
 
 @pytest_asyncio.fixture
@@ -142,7 +144,8 @@ async def one_lagging(folder: Path) -> AsyncGenerator[Lagging]:
     def between(node: Node, other: Node) -> tuple[str, int]:
         return proxies[other.ports.route] if own in (node.ports.route, other.ports.route) else other.ports.route
 
-    advertise = {network.addresses[-1].route: proxies[own]}
+    # Nodes tell each other of third ones: by an address that is nobody's, or a way around the proxies would be found.
+    advertise = {address.route: _NOBODY for address in network.addresses} | {own: proxies[own]}
     try:
         async with run_cluster(folder, network=network, routes=between, extra=_ACCOUNT, advertise=advertise) as running:
             lagging = running.nodes[-1]
