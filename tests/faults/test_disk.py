@@ -314,7 +314,7 @@ async def test_a_writer_learns_the_cause_and_goes_on_when_space_is_back(disk: Sm
             began_s = loop.time()
             with pytest.raises(StorageFailedError):
                 await hf.put({"n": -1, "text": os.urandom(2_000).hex()})
-            assert loop.time() - began_s < 1
+            assert loop.time() - began_s < 1.5  # the first one waited two seconds before it asked why
             state = await probe_writes(plain)
             assert state.state == "refusing"
             assert "no space left on device" in state.reason

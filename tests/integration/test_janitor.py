@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -215,6 +215,10 @@ class Machine:
         return now_ms() / 1000 + self.slept_s
 
 
+_SOON_MS: Final = 5_000
+"""What a slow answer may cost, far below what the clocks here are off by."""
+
+
 async def _error_ms(clock: ServerClock) -> int:
     return abs(await clock.now_ms() - now_ms())
 
@@ -223,15 +227,15 @@ async def _error_ms(clock: ServerClock) -> int:
 async def test_a_wrong_local_clock_does_not_matter(connection: Connection, skew_ms: int) -> None:
     machine = Machine(skew_ms)
     clock = ServerClock(connection, local_ms=machine.wall_ms, ticks_s=machine.ticks_s)
-    assert await _error_ms(clock) < 500
+    assert await _error_ms(clock) < _SOON_MS
 
 
 async def test_a_local_clock_that_is_set_is_noticed_at_once(connection: Connection) -> None:
     machine = Machine()
     clock = ServerClock(connection, local_ms=machine.wall_ms, ticks_s=machine.ticks_s)
-    assert await _error_ms(clock) < 500
+    assert await _error_ms(clock) < _SOON_MS
     machine.skew_ms = HOUR_MS
-    assert await _error_ms(clock) < 500
+    assert await _error_ms(clock) < _SOON_MS
 
 
 async def test_the_server_is_asked_once_a_minute_and_after_a_reconnect(
@@ -271,7 +275,7 @@ async def test_the_last_known_offset_holds_while_the_server_is_away(server: OwnS
         machine.slept_s += 61
         machine.skew_ms += 61_000
         # A minute has gone by on this machine's clocks alone.
-        assert abs(await clock.now_ms() - now_ms() - 61_000) < 500
+        assert abs(await clock.now_ms() - now_ms() - 61_000) < _SOON_MS
 
 
 async def test_a_clock_that_was_never_read_is_unavailable(server: OwnServer, monkeypatch: pytest.MonkeyPatch) -> None:

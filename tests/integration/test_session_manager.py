@@ -407,7 +407,7 @@ def test_D11_event_emission_can_be_turned_off(make: Make, caplog: pytest.LogCapt
 
 
 def test_D07_D08_a_session_expires_when_nobody_changes_it_and_each_change_renews_it(make: Make) -> None:
-    life_s = 0.4
+    life_s = 1.0
     sessions = make(time_based_expiration=True, session_expiration_seconds=life_s)
     started = time.monotonic()
     sessions.create_session("s")

@@ -22,6 +22,7 @@ from holdfast.workers.index_directory import claim_index_directory
 from holdfast.workers.settings import WORKERS, WorkerSettings
 from holdfast.workers.system import run_workers
 from tests.running import Acknowledged, eventually, own_server, running, settings_in, target_of
+from tests.support import LIMIT_S
 
 if TYPE_CHECKING:
     from tests.support import OwnServer
@@ -51,7 +52,7 @@ class Before:
         os.close(claim)
         assert directory == self._settings.index
         if self._settings.lake.is_dir():
-            async with asyncio.timeout(0.1):
+            async with asyncio.timeout(LIMIT_S):
                 os.close(await take_lock(self._settings.lake, None))
 
 

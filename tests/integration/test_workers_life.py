@@ -141,7 +141,7 @@ async def test_a_flush_that_is_given_up_does_not_silence_the_connection(connecti
             if connection.client._pongs:
                 flushing.cancel()
         await asyncio.gather(flushing, return_exceptions=True)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(LIMIT_S):
         await stream_info(connection, EVENTS_STREAM)
         await connection.client.flush()
 
