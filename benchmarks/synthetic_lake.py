@@ -45,6 +45,8 @@ _TEXT_BYTES: Final = 16 << 20
 """Much more than a row group holds: else zstd would find bodies again that no other body is like."""
 _BLOCK: Final = SESSION_STEPS * SESSIONS_AT_ONCE
 
+_LETTERS: Final = str.maketrans("0123456789", "abcdefghij")
+"""A reference is spelt in a to z and 2 to 7; of a key's newest version the archiver asks that it is one."""
 _SPREAD: Final = 0x9E3779B97F4A7C15
 _MASK: Final = (1 << 64) - 1
 
@@ -130,7 +132,7 @@ def version_rows(first: int, count: int, stored_at_ms: int) -> Any:
         key=pa.array([key_name(int(key)) for key in keys]),
         version=pa.array(numbers % block // KEYS_AT_ONCE + 1),
         op="put",
-        ref=pa.array([f"ctx_context_{number:032d}" for number in numbers]),
+        ref=pa.array([f"ctx_context_{number:032d}".translate(_LETTERS) for number in numbers]),
         event_id=_uuids(numbers),
         agent_id="bench",
         timestamp=_times(stored_at_ms, count),

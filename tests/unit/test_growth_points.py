@@ -24,7 +24,12 @@ from benchmarks.synthetic_lake import (
     version_rows,
 )
 
+from holdfast.lake.columns import to_rows
 from holdfast.schemas.refs import Ref
+from holdfast.schemas.rows import KeyVersionRow
+from holdfast.streams.decode import decode_key_version, encode_key_version
+from holdfast.streams.messages import StoredMessage
+from holdfast.streams.wire import key_subject
 
 GROUP = 10
 
@@ -113,6 +118,16 @@ def test_sessions_and_keys_that_are_asked_about_are_whole() -> None:
     assert {keys[key_name(number)] for number in range(keys_in(5 * rows))} == {VERSIONS_A_KEY}
     # Of a few rows there is something to ask about too.
     assert (sessions_in(70), keys_in(70)) == (70, 70)
+
+
+def test_a_version_reads_the_same_in_the_stream() -> None:
+    """What has lost its stream is written back there by the archiver, which must know it again."""
+    (row,) = to_rows("key_versions", version_rows(1_234_567, 1, 1_760_000_000_000))
+    assert isinstance(row, KeyVersionRow)
+    message = StoredMessage(
+        key_subject(row.namespace, row.key), {}, encode_key_version(row), row.seq, row.stored_at_ms, row.epoch
+    )
+    assert decode_key_version(message) == row
 
 
 def name_of(number: int) -> Ref:
