@@ -46,7 +46,7 @@ _TEXT_BYTES: Final = 16 << 20
 _BLOCK: Final = SESSION_STEPS * SESSIONS_AT_ONCE
 
 _LETTERS: Final = str.maketrans("0123456789", "abcdefghij")
-"""A reference is spelt in a to z and 2 to 7; of a key's newest version the archiver asks that it is one."""
+"""A reference is spelt in a to z and 2 to 7."""
 _SPREAD: Final = 0x9E3779B97F4A7C15
 _MASK: Final = (1 << 64) - 1
 
@@ -120,8 +120,15 @@ def event_rows(first: int, count: int, stored_at_ms: int) -> Any:
     )
 
 
-def version_rows(first: int, count: int, stored_at_ms: int) -> Any:
-    """Versions of named contexts, ``VERSIONS_A_KEY`` of each; ``KEYS_AT_ONCE`` keys are written side by side."""
+def _ref_of_nothing(number: int) -> Ref:
+    return Ref(f"ctx_context_{number:032d}".translate(_LETTERS))
+
+
+def version_rows(first: int, count: int, stored_at_ms: int, *, ref_of: Callable[[int], Ref] = _ref_of_nothing) -> Any:
+    """Versions of named contexts, ``VERSIONS_A_KEY`` of each; ``KEYS_AT_ONCE`` keys are written side by side.
+
+    ``ref_of`` gives the reference of each by its number: :meth:`ContextRows.ref`, where somebody follows them.
+    """
     numbers = np.arange(first, first + count, dtype=np.int64)
     block = KEYS_AT_ONCE * VERSIONS_A_KEY
     keys = numbers // block * KEYS_AT_ONCE + numbers % KEYS_AT_ONCE
@@ -132,7 +139,7 @@ def version_rows(first: int, count: int, stored_at_ms: int) -> Any:
         key=pa.array([key_name(int(key)) for key in keys]),
         version=pa.array(numbers % block // KEYS_AT_ONCE + 1),
         op="put",
-        ref=pa.array([f"ctx_context_{number:032d}".translate(_LETTERS) for number in numbers]),
+        ref=pa.array([ref_of(int(number)) for number in numbers]),
         event_id=_uuids(numbers),
         agent_id="bench",
         timestamp=_times(stored_at_ms, count),

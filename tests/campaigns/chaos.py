@@ -18,6 +18,7 @@ import logging
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -87,10 +88,12 @@ async def measure_capacity(directory: Path, seed: int, seconds: float = CAPACITY
 def make_past(directory: Path, rows: int) -> None:
     """Writes a lake with so many rows in each table, of streams that are no more."""
     with Lake.open(directory, create=True) as lake:
+        contexts = ContextRows(seed=1)
         tables: tuple[tuple[Table, Group], ...] = (
-            ("contexts", ContextRows(seed=1)),
+            ("contexts", contexts),
             ("events", event_rows),
-            ("key_versions", version_rows),
+            # What a stream loses of them is written back there, and must refer to something.
+            ("key_versions", partial(version_rows, ref_of=contexts.ref)),
         )
         for table, group in tables:
             append_rows(lake, table, group, first=0, rows=rows, files=PAST_FILES, total=rows)
