@@ -17,7 +17,14 @@ import pytest
 
 from holdfast.client import background
 from holdfast.client.background import BackgroundLoop, ClientShare, background_loop, close_background_loop
-from holdfast.schemas.errors import InputError, InvalidNameError, InvalidRefError, UnavailableError, UnknownOutcomeError
+from holdfast.schemas.errors import (
+    ClosedError,
+    InputError,
+    InvalidNameError,
+    InvalidRefError,
+    UnavailableError,
+    UnknownOutcomeError,
+)
 from tests.running import eventually, free_address
 from tests.support import LIMIT_S
 
@@ -95,6 +102,18 @@ def test_the_last_share_to_close_closes_the_connection(nats_server: str, namespa
     third = ClientShare(nats_server, namespace)
     assert third.call(itself) is not client
     third.close()
+
+
+def test_a_connection_that_was_closed_for_good_is_not_handed_out_again(nats_server: str, namespace: str) -> None:
+    first, second = (ClientShare(nats_server, namespace) for _ in range(2))
+    dead = first.call(itself)
+    first.call(lambda hf: hf.connection.client.close())
+    with pytest.raises(ClosedError):
+        background_loop().call(dead.put("lost"))
+    assert second.call(lambda hf: hf.put("still open")).startswith("ctx_")
+    assert first.call(itself) is second.call(itself) is not dead
+    first.close()
+    second.close()
 
 
 def test_a_share_that_was_never_used_opens_nothing() -> None:

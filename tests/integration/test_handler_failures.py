@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from holdfast.client import connect
 from holdfast.schemas.errors import (
     HandlerError,
     UnavailableError,
@@ -43,6 +44,32 @@ async def test_a_failure_is_tried_again_with_backoff_then_set_aside_and_told(
     [failure] = await named(hf.connection, namespace, "a:error")
     assert (failure.parent_event_id, failure.event_depth, failure.session_id) == (event.event_id, 1, "s1")
     assert b"it is too red" in (failure.data or b"")
+
+
+async def test_a_connection_that_is_closed_for_good_lets_its_handlers_end(nats_server: str, namespace: str) -> None:
+    """What they hold cannot be handed back: it is delivered again to others when its time is up."""
+    begun = asyncio.Event()
+    async with connect(nats_server, namespace=namespace) as hf:
+
+        @hf.handlers.on("a", name="h", concurrency=1)
+        async def work(event: Event) -> None:
+            if event.data == "stay":
+                begun.set()
+                await asyncio.Event().wait()
+
+        await hf.handlers.ready()
+        for _ in range(20):  # events that are so soon done with are taken ahead
+            await hf.emit("a")
+        await eventually(lambda: settled(hf.handlers, "h", 20))
+        await hf.emit("a", "stay")
+        await asyncio.wait_for(begun.wait(), LIMIT_S)
+        await hf.emit("a")
+        await eventually(lambda: len(hf.handlers._runners["h"]._intake._waiting) == 1)
+        await hf.connection.client.close()
+        await eventually(lambda: hf.connection.client.is_closed)
+        await hf.handlers.close(0.1)
+    left = [task for task in asyncio.all_tasks() if task.get_name().startswith("holdfast") and namespace in str(task)]
+    assert left == []
 
 
 async def test_a_handler_that_recovers_leaves_no_letter(hf: Holdfast, handlers: Handlers) -> None:

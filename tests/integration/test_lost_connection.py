@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import nats.errors
 import pytest
 import uvloop
 
@@ -66,6 +67,17 @@ async def _awaited(call: Callable[[], Awaitable[Any]]) -> Any:
     return await call()
 
 
+async def test_leaving_waits_for_a_commit_that_was_handed_in(nats_server: str, namespace: str) -> None:
+    async with connect(nats_server, namespace=namespace) as hf:
+        committing = asyncio.create_task(hf.keys.commit({"a": 1, "b": 2}))
+        abandoned = asyncio.create_task(hf.keys.commit({"c": 3, "d": 4}))
+        await eventually(lambda: len(hf.keys._writer._tasks) == 2)
+        abandoned.cancel()
+    assert {key: version.version for key, version in (await committing).items()} == {"a": 1, "b": 1}
+    async with connect(nats_server, namespace=namespace) as hf:
+        assert (await hf.keys.get("c")).body == 3
+
+
 async def test_what_a_closed_connection_is_asked_for_fails_at_once(nats_server: str) -> None:
     async def later(connection: Connection) -> None:
         async with connection.lean.stream("silent") as queue:
@@ -109,9 +121,22 @@ async def test_calls_on_a_closed_client_fail_at_once(nats_server: str, namespace
         lambda: history(hf, "k"),
         hf.stats,
         lambda: anext(hf.keys.watch("k")),
+        lambda: hf.handlers.request("r", timeout_s=5),
     ]
     for error in await ended([asyncio.create_task(_awaited(call)) for call in calls], SOON_S):
         assert isinstance(error, ClosedError)
+
+
+async def test_a_request_to_a_silent_server_ends_in_its_time_and_leaves_nothing(own_server: OwnServer) -> None:
+    async with connect(own_server.url) as hf:
+        before = len(hf.connection.client._subs)
+        own_server.signal(signal.SIGSTOP)
+        try:
+            asking = asyncio.create_task(hf.handlers.request("r", timeout_s=0.2))
+            assert isinstance((await ended([asking], SOON_S))[0], UnavailableError)
+            assert len(hf.connection.client._subs) == before
+        finally:
+            own_server.signal(signal.SIGCONT)
 
 
 async def test_a_watch_that_nobody_closed_ends_with_its_client(nats_server: str, namespace: str) -> None:
@@ -331,6 +356,15 @@ def fill(connection: Connection) -> None:
         assert connection.client.publish_now("nobody.listens", bytes(256 * 1024))
 
 
+async def overfill(connection: Connection) -> None:
+    """Publishes until no more may be pending; the flusher has as much again in hand, and waits for the kernel."""
+    for _ in range(2):
+        for size in (256 * 1024, 1024, 1):
+            while connection.client.publish_now("nobody.listens", bytes(size)):
+                pass
+        await asyncio.sleep(0.1)
+
+
 LOOPS = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 
 
@@ -378,17 +412,67 @@ async def _moved(connection: Connection) -> None:
 
 
 @LOOPS
-@pytest.mark.parametrize("with_unsent", [False, True])
+async def test_a_publish_that_finds_no_room_ends_with_its_time_or_its_cancel(
+    own_server: OwnServer, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """nats-py waits until the server has taken all that is pending, and takes a cancel for the end of that."""
+
+    async def main() -> None:
+        async with open_connection(own_server.url) as connection:
+            own_server.signal(signal.SIGSTOP)
+            await overfill(connection)
+            with pytest.raises(UnknownOutcomeError, match="has taken nothing"):
+                await connection.lean.publish("nobody.listens", bytes(256 * 1024), timeout_s=0.2)
+            with pytest.raises(UnknownOutcomeError, match="has taken nothing"):
+                await connection.lean.request("$JS.API.INFO", bytes(256 * 1024), timeout_s=0.2)
+            assert connection.lean._waiting == {}
+            waiting = asyncio.create_task(connection.lean.publish("nobody.listens", bytes(256 * 1024), timeout_s=60))
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+            await asyncio.wait([waiting], timeout=SOON_S)
+            assert waiting.cancelled()
+            own_server.signal(signal.SIGCONT)
+            await connection.api("INFO")
+
+    try:
+        await run_on(new_loop, main)
+    finally:
+        own_server.signal(signal.SIGCONT)
+
+
+async def test_a_publish_that_finds_no_room_ends_with_the_connection(own_server: OwnServer) -> None:
+    async with open_connection(own_server.url) as connection:
+        own_server.signal(signal.SIGSTOP)
+        await overfill(connection)
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            lambda: connection.lean.publish("nobody.listens", bytes(256 * 1024), timeout_s=60),
+            lambda: connection.lean.request("$JS.API.INFO", timeout_s=60),
+            lambda: connection.client.flush(60),
+        ]
+        waiting = [asyncio.create_task(_awaited(call)) for call in calls]
+        _, pending = await asyncio.wait(waiting, timeout=0.1)
+        assert len(pending) == len(waiting)
+        await own_server.kill()
+        published, asked, flushed = await ended(waiting, SOON_S)
+    assert published is None  # handed over, and dropped with the connection
+    assert isinstance(asked, UnknownOutcomeError)
+    assert flushed is None or isinstance(flushed, nats.errors.Error)
+
+
+@LOOPS
+@pytest.mark.parametrize("unsent", ["nothing", "some", "all that may be"])
 async def test_leaving_a_server_that_is_dead_is_bounded_in_time(
-    own_server: OwnServer, new_loop: Callable[[], asyncio.AbstractEventLoop], *, with_unsent: bool
+    own_server: OwnServer, new_loop: Callable[[], asyncio.AbstractEventLoop], unsent: str
 ) -> None:
     async def main() -> None:
         async with open_connection(own_server.url) as connection:
             own_server.signal(signal.SIGSTOP)
             began = time.monotonic()
-            if with_unsent:
+            if unsent == "some":
                 fill(connection)
                 await asyncio.sleep(0.1)
+            elif unsent != "nothing":
+                await overfill(connection)
         assert connection.client.is_closed
         assert time.monotonic() - began < 2 * SOON_S
         assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

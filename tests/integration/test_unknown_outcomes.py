@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from holdfast.schemas.errors import RetryError, UnavailableError, UnknownOutcome
 from holdfast.streams import committer as committer_module
 from holdfast.streams.committer import Committer
 from holdfast.streams.connection import open_connection
+from holdfast.streams.key_log import KeyLog, NewVersion
 from holdfast.streams.publish import Outgoing, PubAck, publish_each
 from holdfast.streams.storing import store_with_retry
 from holdfast.streams.topology import stream_info
@@ -122,6 +124,30 @@ class TestSeveralAttempts:
         await committer.close()
 
 
+class TestKeys:
+    async def test_a_refusal_that_cannot_be_looked_into_is_unknown(
+        self, hf: Holdfast, connection: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may be over an earlier attempt of its own: whoever is told that nothing was stored writes it twice."""
+        await hf.keys.put("k", 1)
+        log = KeyLog(connection)
+        head = await log.head(hf.namespace, "k")
+        assert head.row is not None
+        again = NewVersion(head.row)
+
+        async def away(*_: object) -> list[object]:
+            raise UnavailableError("the server is away")
+
+        monkeypatch.setattr(log, "_run_of", away)
+        with pytest.raises(UnknownOutcomeError, match="the server is away"):
+            await log.write(again, after_seq=0)
+        with pytest.raises(UnknownOutcomeError, match="the server is away"):
+            await log.write_all([(again, 0), (again, None)])
+        monkeypatch.undo()
+        assert (await log.write(again, after_seq=0)).seq == head.row.seq
+        await log.close()
+
+
 class TestDeadline:
     async def test_the_time_that_a_write_waits_for_its_turn_is_part_of_its_own(
         self, connection: Connection, namespace: str, monkeypatch: pytest.MonkeyPatch
@@ -146,6 +172,33 @@ class TestDeadline:
         third_at, left_s = begun[2]
         assert left_s <= 30.0 - (third_at - handed_in) < 30.0
         await committer.close()
+
+    @pytest.mark.faults
+    async def test_in_an_outage_each_write_has_its_own_time(self, own_server: OwnServer) -> None:
+        """Those that are sent together end together: the later ones would have what is left to the first."""
+        deadline_s = 2.0
+        clock = asyncio.get_running_loop().time
+        async with open_connection(own_server.url) as connection:
+            committer = Committer(connection, deadline_s=deadline_s)
+            await own_server.kill()
+            began: list[float] = []
+            ended: dict[int, float] = {}
+            writes: list[asyncio.Task[Settled]] = []
+
+            def note_end(number: int, _: object) -> None:
+                ended[number] = clock()
+
+            for number, pause_s in enumerate((0.1, 0.1, 0.7, 0.0)):
+                began.append(clock())
+                write = asyncio.create_task(committer.store(event("n", number)))
+                write.add_done_callback(partial(note_end, number))
+                writes.append(write)
+                await asyncio.sleep(pause_s)
+            outcomes = await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), LIMIT_S)
+            assert [isinstance(outcome, UnavailableError) for outcome in outcomes] == [True] * 4
+            took_s = [ended[number] - began[number] for number in range(4)]
+            assert min(took_s) > 0.9 * deadline_s
+            await committer.close()
 
     async def test_what_is_overdue_has_one_attempt(
         self, connection: Connection, namespace: str, monkeypatch: pytest.MonkeyPatch

@@ -58,6 +58,13 @@ class _SharedClient:
         # Entered and left by one task, so that the client's resources stay lexical.
         self.owner = asyncio.get_running_loop().create_task(self._own(key), name="holdfast-shared-client")
 
+    def is_over(self) -> bool:
+        """Whether the client has lost its connection for good."""
+        ready = self.ready
+        if not ready.done() or ready.cancelled() or ready.exception() is not None:
+            return False
+        return ready.result().connection.client.is_closed
+
     async def _own(self, key: _ClientKey) -> None:
         try:
             async with connect(key.target, key.namespace, key.agent) as client:
@@ -167,6 +174,11 @@ class BackgroundLoop:
         if share.is_closed:
             raise _share_closed()
         shared = self._clients.get(share.key)
+        if shared is not None and shared.is_over():
+            # Closed for good, over credentials that are no longer good for instance: whoever comes now tries anew.
+            del self._clients[share.key]
+            shared.closing.set()
+            shared = None
         if shared is None:
             shared = self._clients[share.key] = _SharedClient(share.key)
         shared.users.add(share)

@@ -21,7 +21,7 @@ import msgspec
 
 from holdfast.client.handler_policy import Again, HandlerOptions, Settlement, delay_s, events_ahead, is_often, turn
 from holdfast.schemas import limits
-from holdfast.schemas.errors import ConfigurationError, HoldfastError, RetryError
+from holdfast.schemas.errors import ClosedError, ConfigurationError, HoldfastError, RetryError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.streams.retry import WRITE_DEADLINE_S, call_with_retry
 
@@ -218,7 +218,7 @@ class Intake:
             else:
                 failpoint("handler.before_ack")
                 await self._consumer.ack(delivery)
-        except RetryError as error:
+        except (RetryError, ClosedError) as error:
             # It is delivered again when its time is up.
             logger.debug("a delivery was not settled", extra=about(self._options, delivery, error))
 

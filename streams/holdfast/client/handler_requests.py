@@ -57,10 +57,7 @@ class Requests:
             raise InvalidFieldError(
                 "a request names its own client", field="client", hint="use emit, and wait for the result yourself"
             )
-        async with self._opening:
-            if self._stop is None:
-                subject = reply_subject(self._hf.namespace, self._client_id)
-                self._stop = await listen(self._hf.connection, subject, self._receive)
+        await self._listen(timeout_s)
         named: dict[str, Any] = {"originator": self._hf.agent, **options, "client": self._client_id}
         future: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
         self._asking += 1
@@ -96,6 +93,18 @@ class Requests:
         if outcome.name.endswith(f":{ERROR}"):
             raise error_of_data(outcome.data, event=asked.event_id)
         return outcome
+
+    async def _listen(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s), self._opening:
+                if self._stop is None:
+                    subject = reply_subject(self._hf.namespace, self._client_id)
+                    self._stop = await listen(self._hf.connection, subject, self._receive)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"the NATS server does not answer within {timeout_s} s; nothing was emitted",
+                hint="check that the server runs; the same call may be sent again",
+            ) from error
 
     async def close(self) -> None:
         """Ends the subscription, and what still waits."""

@@ -12,9 +12,9 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from holdfast.client.key_ring import KeyRing
     from holdfast.streams.server_clock import ServerClock
     from holdfast.streams.topology import StreamInfo
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +148,7 @@ class KeyWriter:
         self._clock = clock
         self._ring = ring
         self._queues: dict[str, deque[_Change]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._heads: OrderedDict[str, Head] = OrderedDict()
         self._info: tuple[float, StreamInfo] | None = None
 
@@ -169,7 +171,13 @@ class KeyWriter:
         return await asyncio.shield(change.future)
 
     async def commit(self, decisions: Mapping[str, Decide]) -> dict[str, KeyVersionRow]:
-        """Makes and writes a version of every key, all or none, and returns them.  Errors as of :meth:`change`."""
+        """Makes and writes a version of every key, all or none, and returns them.
+
+        Errors, and what a cancel does, as of :meth:`change`.
+        """
+        return await self._run(self._commit_keys(decisions))
+
+    async def _commit_keys(self, decisions: Mapping[str, Decide]) -> dict[str, KeyVersionRow]:
         lost = 0
         while decisions:
             heads = await self._log.heads(self._namespace, decisions)
@@ -186,7 +194,10 @@ class KeyWriter:
         return {}
 
     async def import_versions(self, rows: Sequence[KeyVersionRow]) -> list[KeyVersionRow]:
-        """Writes consecutive versions of one key as they are told, all or none."""
+        """Writes consecutive versions of one key as they are told, all or none; a cancel does not recall them."""
+        return await self._run(self._import(rows))
+
+    async def _import(self, rows: Sequence[KeyVersionRow]) -> list[KeyVersionRow]:
         if not rows:
             return []
         key = rows[0].key
@@ -213,6 +224,18 @@ class KeyWriter:
             raise VersionConflictError(
                 f"the key {key!r} was written by another", key=key, expected=rows[0].version - 1, actual=0
             ) from None
+
+    async def _run(self, writing: Coroutine[Any, Any, T]) -> T:
+        # A bare task: close() waits for it, whatever becomes of the caller.
+        task = asyncio.get_running_loop().create_task(writing, name="holdfast-key-commit")
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # the caller may be gone: mark as retrieved
 
     async def info(self) -> StreamInfo:
         """Returns the bucket's stream as it was at most a minute ago."""

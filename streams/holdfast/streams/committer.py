@@ -36,6 +36,9 @@ from holdfast.streams.storing import store_with_retry, stream_of
 
 logger = logging.getLogger(__name__)
 
+_SPREAD: Final = 1 / 30
+"""By how much of their deadline writes of one batch may differ in age: they end together, when the oldest must."""
+
 _IN_FLIGHT: Final = 2
 """Batches under way at once: one being stored while the next is sent.  More only make them smaller."""
 
@@ -106,7 +109,8 @@ class Committer:
     the ApiError that it is.  They are stored in the order in which they were handed in, unless an attempt has to be
     repeated: of what went singly, or behind a batch that is repeated, some may then be stored before what it followed.
 
-    A write that is not acknowledged within ``deadline_s`` of being handed in ends by its last attempt, one at least.
+    A write that is not acknowledged within ``deadline_s`` of being handed in ends by its last attempt, one at least;
+    those sent together end together, up to a thirtieth of that time early.
     UnknownOutcomeError says that it may have been stored, as StorageFailedError does as soon as the server is known to
     store nothing; sending it again is safe.  UnavailableError says that it was not: it was refused each time, or never
     sent, its time having gone by behind writes that nobody answered.  Cancelling a caller does not recall what was
@@ -212,7 +216,10 @@ class Committer:
         size = 0
         at_most = self._pace.together(len(self._queue))
         while len(batch) < at_most and size < limits.BATCH_BYTES:
-            write = self._queue.popleft()
+            write = self._queue[0]
+            if batch and abs(write.since_s - batch[0].since_s) > _SPREAD * self._deadline_s:
+                break
+            self._queue.popleft()
             size += write.size
             batch.append(write)
         self._queued_bytes -= size

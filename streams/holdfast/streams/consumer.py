@@ -11,7 +11,7 @@ import msgspec
 import nats.errors
 
 from holdfast.schemas import limits
-from holdfast.schemas.errors import DriftError, RetryError, UnavailableError
+from holdfast.schemas.errors import ClosedError, DriftError, RetryError, UnavailableError
 from holdfast.streams.arrivals import next_of
 from holdfast.streams.connection import ApiError, Msg
 from holdfast.streams.messages import StoredMessage, is_delivery, message_of_delivery, parse_time_ms
@@ -226,7 +226,7 @@ class DurableConsumer:
                 message = self._queue.get_nowait()
                 if message is not None and is_delivery(message.reply):
                     await self._connection.lean.publish(message.reply, b"-NAK")
-        except (TimeoutError, RetryError, OSError, nats.errors.Error):
+        except (TimeoutError, RetryError, ClosedError, OSError, nats.errors.Error):
             # The server notices by itself, and hands out again what is not settled.
             logger.debug("closing a consumer without a server", exc_info=True)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
-from holdfast.schemas.errors import HoldfastError, RetryError, UnavailableError
+from holdfast.schemas.errors import HoldfastError, RetryError, UnavailableError, UnknownOutcomeError
 from holdfast.schemas.ids import iso_from_ms
 from holdfast.schemas.rows import KeyVersionRow
 from holdfast.streams.arrivals import next_of
@@ -227,7 +227,7 @@ class KeyLog:
             except ApiError as error:
                 if error.err_code != WRONG_LAST_SEQUENCE:
                     raise
-                return (await self._found([(version, after_seq)]))[0]
+                return (await self._look_for([(version, after_seq)]))[0]
             return msgspec.structs.replace(version.row, seq=settled.seq)
 
         return await self._until_seen(attempt)
@@ -250,7 +250,7 @@ class KeyLog:
             except Refused as refusal:
                 if refusal.err_code != WRONG_LAST_SEQUENCE:
                     raise UnavailableError(f"the versions cannot be stored: {refusal.description}") from refusal
-                return await self._found(versions)
+                return await self._look_for(versions)
             return [
                 msgspec.structs.replace(version.row, seq=seq) for (version, _), seq in zip(versions, seqs, strict=True)
             ]
@@ -278,6 +278,19 @@ class KeyLog:
             return await call_with_retry(attempt, deadline_s=UNSEEN_S)
         except _RefusedUnseenError:
             raise LostRaceError from None
+
+    async def _look_for(self, versions: Sequence[tuple[NewVersion, int | None]]) -> list[KeyVersionRow]:
+        """As :meth:`_found`; raises UnknownOutcomeError when that cannot be read."""
+        try:
+            return await self._found(versions)
+        except _RefusedUnseenError:
+            raise
+        except RetryError as error:
+            # It may have been refused over an earlier attempt of its own, which was stored.
+            raise UnknownOutcomeError(
+                f"the write was refused, and what is in its way cannot be read: {error.message}",
+                hint="the same call may be sent again",
+            ) from error
 
     async def _found(self, versions: Sequence[tuple[NewVersion, int | None]]) -> list[KeyVersionRow]:
         """The versions of a write that was refused, as they stand in the bucket: an attempt without an answer, or with

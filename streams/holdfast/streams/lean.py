@@ -75,13 +75,13 @@ class Lean:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
         if not self._client.is_closed:
-            await self._subscription.unsubscribe()
+            await self._subscription.unsubscribe()  # waits for nothing
 
     def close(self) -> None:
         """Fails what is in flight, and every call from now on, with ClosedError.  Harmless when called twice."""
         # First: what fails may be tried again at once, and nobody would sweep or listen for it any more.
         self._is_closed = True
-        self.fail_in_flight(_closed())
+        self.fail_in_flight(closed())
         self.reconnected()
 
     def fail_in_flight(self, error: HoldfastError) -> None:
@@ -116,7 +116,7 @@ class Lean:
         try:
             # The usual case without a call that could wait: one request is some 10 us in all.
             if not self._client.publish_now(subject, payload, self._prefix + token, headers):
-                await self.publish(subject, payload, headers, reply_token=token)
+                await self.publish(subject, payload, headers, reply_token=token, timeout_s=timeout_s)
         except BaseException:
             self._take(token)
             raise
@@ -163,7 +163,7 @@ class Lean:
         ``is_batch``: an empty reply only says that an atomic batch was begun, and is passed over.
         """
         if self._is_closed:
-            raise _closed()
+            raise closed()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Msg] = loop.create_future()
         self._waiting[token] = (future, loop.time() + timeout_s)
@@ -179,13 +179,15 @@ class Lean:
         *,
         reply_token: str | None = None,
         reply: str = "",
+        timeout_s: float = ATTEMPT_S,
     ) -> None:
         """Hands a message to the connection; with ``reply_token`` answers come back under that token.
 
-        Raises NotConnectedError, with nothing sent, while there is no connection.
+        Raises NotConnectedError, with nothing sent, while there is no connection, and UnknownOutcomeError when the
+        server has taken nothing for ``timeout_s``: the message waits, and is sent if the server goes on.
         """
         if self._is_closed:
-            raise _closed()
+            raise closed()
         if reply_token:
             reply = f"{self._prefix}{reply_token}"
         if self._client.publish_now(subject, payload, reply, headers):
@@ -193,7 +195,12 @@ class Lean:
         if not self._client.is_connected:
             raise self._not_connected()
         try:
-            await self._client.publish(subject, payload, reply=reply, headers=headers)
+            async with asyncio.timeout(timeout_s):
+                await self._client.publish(subject, payload, reply=reply, headers=headers)
+        except TimeoutError as error:
+            raise UnknownOutcomeError(
+                f"the NATS server has taken nothing for {timeout_s:.3g} s", hint="the same call may be sent again"
+            ) from error
         except (nats.errors.Error, OSError) as error:
             raise UnavailableError(
                 f"cannot send to the NATS server: {type(error).__name__}", hint="check that the server runs"
@@ -201,7 +208,7 @@ class Lean:
 
     def _not_connected(self) -> HoldfastError:
         if self._client.is_closed:
-            return _closed()
+            return closed()
         if self._back is None:
             self._back = asyncio.get_running_loop().create_future()
         return NotConnectedError(
@@ -329,7 +336,8 @@ class _Collection:
         _fail(self.done, error)
 
 
-def _closed() -> ClosedError:
+def closed() -> ClosedError:
+    """Returns what a call on a connection that is closed raises."""
     return ClosedError("the connection to the NATS server is closed", hint="make the call on a new client")
 
 

@@ -108,13 +108,16 @@ async def publish_each(
 ) -> list[PubAck | Exception]:
     """Stores messages singly, all of them under way at once, and returns what :func:`publish` returns or raises."""
     lean = connection.lean
+    clock = asyncio.get_running_loop().time
+    until_s = clock() + timeout_s
     replies: list[asyncio.Future[Msg] | Exception] = []
     outcomes: list[PubAck | Exception] = []
     try:
         for message in messages:
             try:
                 check_payload(connection, message)
-                replies.append(await lean.send(message.subject, message.payload, message.headers, timeout_s=timeout_s))
+                left_s = max(0.0, until_s - clock())
+                replies.append(await lean.send(message.subject, message.payload, message.headers, timeout_s=left_s))
             except Exception as error:  # noqa: BLE001  told as the outcome of the message that cannot be sent
                 replies.append(error)
         for reply in replies:

@@ -109,10 +109,7 @@ class TolerantClient(Client):
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += size
         if queue.empty():
-            if self._flushed is None:
-                self._flushed = asyncio.get_running_loop().create_future()
-                self._flushed.set_result(None)
-            queue.put_nowait(self._flushed)
+            queue.put_nowait(self._settled())
         return True
 
     async def publish(
@@ -120,28 +117,62 @@ class TolerantClient(Client):
     ) -> None:
         """Publishes a message, as nats-py does, but for that nothing is kept for the next connection.
 
-        Raises AwayError, with nothing sent, while there is none.
+        Waits while more is pending than ``pending_size``; a cancel meanwhile does not recall the message, the end of
+        the connection drops it.  Raises AwayError, with nothing sent, while there is no connection.
         """
         if not self.publish_now(subject, payload, reply, headers):
             if not self.is_connected and not self.is_closed:
                 raise AwayError("there is no connection to the NATS server", hint="check that the server runs")
             await super().publish(subject, payload, reply, headers)
+            if self._pending_data_size > self._max_pending_size:
+                await self._flush_pending(force_flush=True)
+
+    async def _send_command(self, cmd: bytes, priority: bool = False) -> None:
+        # nats-py waits here when much is pending, also in the unsubscribing of who wants to leave.  Only who publishes
+        # has much to send.
+        if priority:
+            self._pending.insert(0, cmd)
+        else:
+            self._pending.append(cmd)
+        self._pending_data_size += len(cmd)
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        """Has the flusher send what is pending; with ``force_flush``, waits until it has, or the connection ends.
+
+        nats-py's takes a cancel for the end of its wait and goes on, and waits for a connection that is gone.
+        """
+        queue = self._flush_queue
+        flusher = cast("asyncio.Task[None] | None", self._flusher_task)
+        if not self.is_connected or queue is None or flusher is None or flusher.done():
+            return await super()._flush_pending()
+        if not force_flush:
+            # Whoever is in the queue already has all of it sent.
+            if queue.empty():
+                queue.put_nowait(self._settled())
+            return None
+        flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await queue.put(flushed)
+        if self.is_connected:
+            await flushed
+        return None
+
+    def _settled(self) -> asyncio.Future[None]:
+        if self._flushed is None:
+            self._flushed = asyncio.get_running_loop().create_future()
+            self._flushed.set_result(None)
+        return self._flushed
 
     async def flush(self, timeout: int = 10) -> None:  # noqa: ASYNC109  the signature is nats-py's
         """Returns once the server has seen everything that was published and subscribed before the call."""
         # nats-py writes its PING at once, past the commands that still wait for its flusher: the answer would say
         # nothing about them.
-        flusher = cast("asyncio.Task[None] | None", self._flusher_task)
-        if self.is_connected and self._flush_queue is not None and flusher is not None and not flusher.done():
-            # Not by ``_flush_pending``, which takes a cancel for its end and goes on.
-            flushed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._flush_queue.put(flushed)
-                    await flushed
-            except TimeoutError as error:
-                raise errors.FlushTimeoutError from error
-        await super().flush(timeout)
+        until = asyncio.get_running_loop().time() + timeout
+        try:
+            async with asyncio.timeout_at(until):
+                await self._flush_pending(force_flush=True)
+        except TimeoutError as error:
+            raise errors.FlushTimeoutError from error
+        await super().flush(max(0.001, until - asyncio.get_running_loop().time()))  # type: ignore[arg-type]  # seconds
 
     def abort(self) -> None:
         """Cuts the connection off at once; what has not been sent is dropped."""
@@ -189,6 +220,15 @@ class TolerantClient(Client):
     def _forget_pending(self) -> None:
         self._pending = []
         self._pending_data_size = 0
+        self._end_flushes()
+
+    def _end_flushes(self) -> None:
+        """Ends the wait of who waits for the flusher, which comes to it no more."""
+        queue = self._flush_queue
+        while queue is not None and not queue.empty():
+            flushed = queue.get_nowait()
+            if not flushed.done():
+                flushed.set_result(None)
 
     async def _process_err(self, err_msg: str) -> None:
         # Whoever was connected and is sent away, since there are too many for instance, comes back later: nats-py would
@@ -215,7 +255,10 @@ class TolerantClient(Client):
         if not self.is_connected:
             # nats-py would write what is pending to a connection that is gone, and stop half-way over the error.
             self._forget_pending()
-        await super()._close(status, do_cbs)
+        try:
+            await super()._close(status, do_cbs)
+        finally:
+            self._end_flushes()
 
     async def _process_pong(self) -> None:
         # The answer to a flush that was given up, by a cancel or for its time: nats-py would set a result that nobody
