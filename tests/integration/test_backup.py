@@ -185,6 +185,31 @@ async def test_E79_a_damaged_backup_is_told_and_leaves_nothing_in_place(source: 
     assert [path.name for path in (tmp_path / "restored").iterdir()] == ["lock"]
 
 
+async def test_a_file_that_was_stored_damaged_is_stored_again_once_it_is_mended(source: Source, tmp_path: Path) -> None:
+    backups = tmp_path / "backups"
+    lake = Lake.open(source.lake)
+    entry = lake.files("events")[0]
+    assert entry.checksums is not None
+    path = lake.table("events").directory / entry.path
+    sound = path.read_bytes()
+    path.write_bytes(bytes([*sound[:-100], sound[-100] ^ 1, *sound[-99:]]))
+
+    async def stored() -> tuple[list[str], str]:
+        made = await make_backup(source.connection, source.lake, backups)
+        files = read_manifest(backups, made.id).tables["events"].files
+        return made.damaged, next(file.sha256 for file in files if file.path == entry.path)
+
+    told = [f"events/{entry.path}"]
+    first_told, damaged = await stored()
+    assert first_told == told
+    assert damaged != entry.checksums.sha256
+    # Told by each backup, for as long as it is so.
+    assert await stored() == (told, damaged)
+    path.write_bytes(sound)
+    assert await stored() == ([], entry.checksums.sha256)
+    assert (await restore_backup(backups, tmp_path / "restored")).violations == []
+
+
 async def test_E78_backups_are_made_every_six_hours_and_kept_for_thirty_days(source: Source, tmp_path: Path) -> None:
     backups = tmp_path / "backups"
     now = 1_800_000_000_000

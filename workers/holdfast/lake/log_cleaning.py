@@ -4,10 +4,12 @@ A checkpoint names every file of its table, and each file that left it within a 
 where much is archived and merged.  What always stays are the two newest checkpoints that are sound, and every commit
 since the older of them: with one of the two destroyed, the other and the commits tell the table.
 
-Everything else goes by age.  Commits stay for a week, and with them one checkpoint in ten thousand commits, so that
-each version of that week can still be told: a backup goes back to the version that fits its image of the stream, and
-readers of Delta may ask for an earlier one.  The rest of the checkpoints stay for an hour after two others took their
-place, for who has just listed them and reads them next.
+Everything else goes by age.  Each version of the last week can be told: a backup goes back to the version that fits
+its image of the stream, and readers of Delta may ask for an earlier one.  A version is told from a checkpoint before
+it and the commits since.  So the newest checkpoint at or before the week's first commit stays, and every commit since
+that checkpoint: up to ten thousand more than those of the week.  After it, one checkpoint in ten thousand commits
+stays.  The rest of the checkpoints stay for an hour after two others took their place, for who has just listed them
+and reads them next.
 """
 
 from __future__ import annotations
@@ -48,19 +50,28 @@ def plan_cleaning(
 ) -> LogFiles:
     """Returns what may go of a log.
 
-    Nothing goes from version ``kept`` on.  Of the commits the ``old_commits`` first ones are old enough; checkpoints
-    were ``written_ms``, and those that two others had replaced at ``before_ms`` are.
+    Nothing goes from version ``kept`` on, which is a checkpoint.  Of the commits the ``old_commits`` first ones are old
+    enough, and every version from the next one on can be told by what is left; checkpoints were ``written_ms``, and
+    those that two others had replaced at ``before_ms`` are.
     """
-    commits = [version for version in log.commits[:old_commits] if version < kept]
-    first_left = next(iter(log.commits[len(commits) :]), kept)
+    first_young = min(next(iter(log.commits[old_commits:]), kept), kept)
+    first_base = _base_of(first_young, log.checkpoints)
+    commits = [version for version in log.commits[:old_commits] if version < first_base]
     doomed: list[int] = []
     block = None
     for version, replacing in zip(log.checkpoints, log.checkpoints[2:], strict=False):
-        is_base = version // BASE_INTERVAL != block and version >= first_left
+        # The first of its block stays the first, whatever goes: each call chooses the same ones.
+        is_base = version // BASE_INTERVAL != block and version >= first_base
         block = version // BASE_INTERVAL if is_base else block
         if version < kept and not is_base and written_ms.get(replacing, float("inf")) <= before_ms:
             doomed.append(version)
     return LogFiles(commits=commits, checkpoints=doomed)
+
+
+def _base_of(version: int, checkpoints: Sequence[int]) -> int:
+    """Returns the checkpoint that a version is told from, with the commits since; 0, of which there is none, when it
+    takes every commit."""
+    return max((number for number in checkpoints if number <= version), default=0)
 
 
 def clean_log(directory: Path, *, commits_before_ms: float, checkpoints_before_ms: float) -> LogFiles:
@@ -87,17 +98,19 @@ def clean_log(directory: Path, *, commits_before_ms: float, checkpoints_before_m
 def follow_cleaning(lake: Path, copy: Path) -> LogFiles:
     """Removes from the copy of a table's log what the table's own no longer has, and returns what that was.
 
-    The copy judges for itself what it must keep: its own two newest checkpoints that can be read, and what came since.
+    The copy judges for itself what it must keep: its own two newest checkpoints that can be read, and what came since;
+    and, should it lack the first checkpoint of the lake, the one before it that tells the versions of the lake's log.
     """
     log, held = _listed(lake), _listed(copy)
     if not log.commits or len(held.checkpoints) < 2:
         return LogFiles()
 
     def plan(kept: int) -> LogFiles:
-        present = {*log.checkpoints}
+        first_base = _base_of(min(kept, log.commits[0]), held.checkpoints)
+        staying = {*log.checkpoints, first_base}
         return LogFiles(
-            commits=[version for version in held.commits if version < min(kept, log.commits[0])],
-            checkpoints=[version for version in held.checkpoints if version < kept and version not in present],
+            commits=[version for version in held.commits if version < first_base],
+            checkpoints=[version for version in held.checkpoints if version < kept and version not in staying],
         )
 
     return _remove_planned(copy, held.checkpoints, plan)

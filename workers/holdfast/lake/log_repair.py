@@ -26,7 +26,7 @@ from holdfast.lake.log import (
     parse_commit,
     read_checkpoint,
 )
-from holdfast.lake.log_copies import checkpoint_is_sound, copy_path, keep_copy, read_copy
+from holdfast.lake.log_copies import checkpoint_is_sound, keep_copy, read_copy
 from holdfast.lake.parquet_reading import read_columns
 from holdfast.schemas.errors import IntegrityError
 
@@ -40,23 +40,39 @@ _UNREADABLE: Final = (ValueError, TypeError, AttributeError, RecursionError)
 
 
 def repair_log(directory: Path) -> list[int]:
-    """Puts the copy of each damaged commit in its place, durably; returns the versions that were mended."""
+    """Puts the copy of each damaged commit in its place, durably; returns the versions that were mended.
+
+    Safe beside one who cleans the log: what is gone by the time that it is looked at needs no mending.
+    """
     mended: list[int] = []
     later: Commit | None = None
     for version in reversed(list_versions(directory)):
-        raw = commit_path(directory, version).read_bytes()
-        found = _parsed(version, raw)
-        if found is None or _is_other(found, later):
-            copy = read_copy(directory, version)
-            copied = None if copy is None else _parsed(version, copy)
-            if copied is not None and copied.fingerprint != fingerprint_of(raw) and not _is_other(copied, later):
-                _replace(directory, version)
-                mended.append(version)
-                found = copied
-        else:
-            _renew_torn_copy(directory, version)
-        later = found
+        try:
+            later, is_mended = _mend_commit(directory, version, later)
+        except FileNotFoundError:
+            later = None  # cleaned away since it was listed
+            continue
+        if is_mended:
+            mended.append(version)
     return mended
+
+
+def _mend_commit(directory: Path, version: int, later: Commit | None) -> tuple[Commit | None, bool]:
+    """Mends a commit, or its copy; returns what the commit says then, and whether it was mended itself.
+
+    Raises FileNotFoundError when the commit is gone.
+    """
+    raw = commit_path(directory, version).read_bytes()
+    found = _parsed(version, raw)
+    if found is not None and not _is_other(found, later):
+        _renew_torn_copy(directory, version)
+        return found, False
+    copy = read_copy(directory, version)
+    copied = None if copy is None else _parsed(version, copy)
+    if copy is None or copied is None or copied.fingerprint == fingerprint_of(raw) or _is_other(copied, later):
+        return found, False
+    _replace(directory, version, copy)
+    return copied, True
 
 
 def _renew_torn_copy(directory: Path, version: int) -> None:
@@ -103,11 +119,11 @@ def _is_other(commit: Commit, later: Commit | None) -> bool:
     return bool(later.info["previous"] != commit.fingerprint.hex())
 
 
-def _replace(directory: Path, version: int) -> None:
+def _replace(directory: Path, version: int, content: bytes) -> None:
     path = commit_path(directory, version)
     aside = move_aside(path, directory / LOG_DIRECTORY / DAMAGED_DIRECTORY)
     temporary = path.with_name(f".{path.name}.mended")
-    temporary.write_bytes(copy_path(directory, version).read_bytes())
+    temporary.write_bytes(content)
     fsync_file(temporary)
     temporary.rename(path)
     fsync_directory(path.parent)

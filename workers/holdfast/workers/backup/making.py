@@ -84,7 +84,8 @@ class BackupReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Known(msgspec.Struct, frozen=True):
-    """A file of the lake that an earlier backup holds; its name is never used again for another content."""
+    """A file of the lake that an earlier backup holds; its name is never used again for another content, but what was
+    stored of it may be damaged."""
 
     table: str
     path: str
@@ -108,9 +109,10 @@ class _Journal:
             self.unfinished.add(known.sha256)
         self._file = self._path.open("ab")
 
-    def find(self, table: str, path: str, size: int) -> _Known | None:
-        known = self._by_path.get((table, path))
-        return known if known is not None and known.size == size else None
+    def find(self, table: str, entry: FileEntry) -> _Known | None:
+        """Returns what the pool holds of a file, unless it is not what was committed: that was stored damaged."""
+        known = self._by_path.get((table, entry.path))
+        return known if known is not None and _agrees(known, entry) else None
 
     def note(self, known: _Known) -> None:
         """Not synced: when the note is lost, the file is copied once more."""
@@ -311,11 +313,11 @@ class _Work:
         )
 
     def _data_file(self, table: Table, directory: Path, entry: FileEntry) -> FileObject | None:
-        """Stores a Parquet file; an earlier backup's is taken as it is.  A damaged one is taken from its copy; without
-        one, as it is, and told."""
+        """Stores a Parquet file, or takes an earlier backup's that is what was committed.  A damaged one is taken from
+        its copy; without one, as it is, and told: by each backup until it is mended."""
         if self._is_stopped.is_set():
             raise UnavailableError("the backup was cancelled")
-        known = self._journal.find(table, entry.path, entry.size_bytes)
+        known = self._journal.find(table, entry)
         if known is not None and self._pool.has(known.sha256, known.size):
             return FileObject(path=known.path, sha256=known.sha256, size=known.size)
         source = directory / entry.path
@@ -350,7 +352,7 @@ def _finish(writer: ObjectWriter) -> Stored:
     return writer.finish()
 
 
-def _agrees(stored: Stored, entry: FileEntry) -> bool:
+def _agrees(stored: Stored | _Known, entry: FileEntry) -> bool:
     """Whether an object is what the commit says of the file; files of earlier releases have a size alone."""
     if entry.checksums is not None and entry.checksums.sha256 != stored.sha256:
         return False
