@@ -43,13 +43,15 @@ def heal_file(table: LakeTable, entry: FileEntry, damage: Damage, brought: Itera
     """
     kept = _kept_rows(table, entry, damage)
     lost = _lost_rows(table, entry, damage, {row.seq: row for row in brought if row.epoch == entry.epoch})
-    told = None if lost is None else _in_forms_of_their_own(table, entry, [*kept, *lost.told], lost.untold)
-    if lost is None or told is None:
+    if lost is None:
         return False
-    rows = sorted([*kept, *lost.told, *told], key=lambda row: row.seq)
-    contexts = sum(1 for row in rows if not isinstance(row, ContextRow) or row.form in ("plain", "manifest"))
-    seqs = (rows[0].seq, rows[-1].seq) if rows else (0, 0)
-    if (len(rows), contexts, *seqs) != (entry.rows, entry.contexts, entry.min_seq, entry.max_seq):
+    beside = [*kept, *lost.told]
+    rows: list[Row] = []
+    for told in _in_forms_of_their_own(table, entry, beside, lost.untold):
+        rows = sorted([*beside, *told], key=lambda row: row.seq)
+        if _are_as_logged(entry, rows):
+            break
+    else:
         return False
     with FileWriter(table.name, table.directory, entry.day, entry.epoch) as writer:
         for start in range(0, len(rows), ROWS_PER_GROUP):
@@ -80,6 +82,12 @@ def heal_file(table: LakeTable, entry: FileEntry, damage: Damage, brought: Itera
         extra={"action": "healed", "path": str(table.directory / entry.path), "rows": len(rows) - len(kept)},
     )
     return True
+
+
+def _are_as_logged(entry: FileEntry, rows: Sequence[Row]) -> bool:
+    contexts = sum(1 for row in rows if not isinstance(row, ContextRow) or row.form in ("plain", "manifest"))
+    seqs = (rows[0].seq, rows[-1].seq) if rows else (0, 0)
+    return (len(rows), contexts, *seqs) == (entry.rows, entry.contexts, entry.min_seq, entry.max_seq)
 
 
 def _kept_rows(table: LakeTable, entry: FileEntry, damage: Damage) -> list[Row]:
@@ -122,34 +130,46 @@ def _lost_rows(table: LakeTable, entry: FileEntry, damage: Damage, found: dict[i
 
 def _in_forms_of_their_own(
     table: LakeTable, entry: FileEntry, beside: Sequence[Row], untold: Sequence[Row]
-) -> list[Row] | None:
-    """Returns rows whose form is not known as the archiver would have made them: each body once in the lake.
+) -> Iterator[list[Row]]:
+    """Yields rows whose form is not known in the forms in which they may be in the file, the likeliest first.
 
-    ``beside`` are the file's other rows.  None when damage of another file hides whether that has the body of a chunk:
-    one that is in the lake twice may be put twice into a body that names it.  Of anything else the count of contexts,
-    which the log has, tells whether each row brought a body.
+    ``beside`` are the file's other rows.  The count of contexts, which the log has, tells which it was.  It leaves out
+    chunks, and one that is in the lake twice may be put twice into a body that names it: nothing is yielded when damage
+    of another file hides whether that has the body of a chunk.
     """
     contexts = [row for row in untold if isinstance(row, ContextRow)]
-    if not contexts:
-        return list(untold)
-    held = _held_before(table, entry, {row.ref for row in contexts})
-    if held is None:
-        return None if any(row.form == "chunk" for row in contexts) else list(untold)
-    held |= {row.ref for row in beside if isinstance(row, ContextRow) and row.form != "touch"}
-    rows: list[Row] = []
-    for row in sorted(contexts, key=lambda row: row.seq):
-        rows.append(_in_form(row, "touch" if row.ref in held else row.form))
-        held.add(row.ref)
-    return rows
+    held = _held_elsewhere(table, entry, {row.ref for row in contexts}) if contexts else {}
+    chunks = {row.seq for row in contexts if row.form == "chunk"}
+    if not contexts or held is None:
+        if not chunks:
+            yield list(untold)
+        return
+    _note_first(held, beside)
+    first = dict(held)
+    _note_first(first, contexts)
+    # The archiver makes a touch of what the lake holds already.  Past a damaged file it does not know what that holds,
+    # and archives the body once more; when it finds that out, the earlier row becomes a touch and the later stays.
+    repeated = {row.seq for row in contexts if first[row.ref] < row.seq}
+    held_later = {row.seq for row in contexts if row.ref in held} - chunks
+    for touches in (repeated, repeated | held_later, repeated & chunks):
+        yield [_in_form(row, "touch" if row.seq in touches else row.form) for row in contexts]
 
 
-def _held_before(table: LakeTable, entry: FileEntry, refs: set[Ref]) -> set[Ref] | None:
-    """Returns those of some references whose bodies an earlier file has; None when damage hides whether one has."""
-    held: set[Ref] = set()
+def _note_first(first: dict[Ref, int], rows: Iterable[Row]) -> None:
+    for row in rows:
+        if isinstance(row, ContextRow) and row.form != "touch":
+            first[row.ref] = min(row.seq, first.get(row.ref, row.seq))
+
+
+def _held_elsewhere(table: LakeTable, entry: FileEntry, refs: set[Ref]) -> dict[Ref, int] | None:
+    """Returns the first sequences at which other files have the bodies of some references.
+
+    Files that are later as a whole are left out; one that was merged around ``entry`` has rows of before and of after.
+    None when damage hides whether a file has one.
+    """
+    held: dict[Ref, int] = {}
     wanted = pc.SetLookupOptions(value_set=pa.array(sorted(refs), pa.string()))
     for path, other in table.refresh().files.items():
-        # What was archived later has touches of what is in this file, and not the other way round.  Of another life of
-        # the stream nothing tells which was first.
         if path == entry.path or (other.epoch == entry.epoch and other.min_seq > entry.max_seq):
             continue
         identities = _identities(table, other)
@@ -160,15 +180,19 @@ def _held_before(table: LakeTable, entry: FileEntry, refs: set[Ref]) -> set[Ref]
                 for content in identities:
                     moved(content.nbytes)
                     some = content.filter(pc.call_function("is_in", [content.column("ref")], wanted))
-                    pairs = zip(some.column("ref").to_pylist(), some.column("form").to_pylist(), strict=True)
-                    held.update(ref for ref, form in pairs if form != "touch")
+                    columns = [some.column(name).to_pylist() for name in ("ref", "form", "stream_seq")]
+                    for ref, form, seq in zip(*columns, strict=True):
+                        if form != "touch":
+                            # Of another life of the stream nothing tells which was first.
+                            place = seq if other.epoch == entry.epoch else 0
+                            held[ref] = min(place, held.get(ref, place))
         except (FileNotFoundError, IntegrityError):
             return None  # merged away meanwhile, or damaged since it was compared
     return held
 
 
 def _identities(table: LakeTable, entry: FileEntry) -> Iterator[Any] | None:
-    """Returns references and forms of all rows of a file; None when it is damaged and they cannot be made out."""
+    """Returns references, forms and sequences of all rows of a file; None when damage hides one."""
     record = table.quarantine.files().get(entry.path)
     damage = record.damage() if record else find_damage(table.directory, entry)
     if damage is None:
@@ -182,7 +206,7 @@ def _identities(table: LakeTable, entry: FileEntry) -> Iterator[Any] | None:
 
 def _read_identities(path: Path) -> Iterator[Any]:
     with open_parquet(path) as parquet:
-        yield from read_batches(parquet, ["ref", "form"])
+        yield from read_batches(parquet, ["ref", "form", "stream_seq"])
 
 
 def _forms(content: Any) -> dict[int, str]:
