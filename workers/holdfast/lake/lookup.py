@@ -5,6 +5,9 @@ group, decoded.  Files stay open with their footers, a bounded number of them; a
 
 Each time a row group is read its checksum is compared, and the footer's when a file is opened: damage is told as
 DamagedError for the rows concerned, recorded (:mod:`holdfast.lake.quarantine`), and everything else is served.
+
+Another process may have taken out a row that a later one repeats (:mod:`holdfast.lake.passed_over`).  When what the
+index names has gone, it is refreshed once, and asked again.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ import os
 import threading
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar, cast
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from holdfast.lake.log import FileEntry, Snapshot
 
 K = TypeVar("K")
+Find = Callable[[list[K]], "dict[K, Position]"]
 
 OPEN_FILES: Final = 64
 """How many files are kept open.  A footer of 125 row groups takes ~0.5 MB of memory."""
@@ -103,38 +108,52 @@ class Lookup:
 
     def _stored(self, digests: Iterable[Digest], groups: _Groups) -> dict[Digest, ContextRow]:
         """Returns rows as they are stored, checked but for those that name others."""
-        positions = self._find("contexts", list(dict.fromkeys(digests)), self._index.find_contexts)
-        rows = self._read("contexts", positions.values(), groups)
         found: dict[Digest, ContextRow] = {}
-        for digest, position in positions.items():
-            row = cast(ContextRow, rows[position])
-            self._check(row, digest, position)
-            found[digest] = row
+        for digest, (position, row) in self._named("contexts", digests, self._index.find_contexts, groups).items():
+            found[digest] = context = cast(ContextRow, row)
+            self._check(context, digest, position)
         return found
 
     def get_events(self, keys: Iterable[EventKey]) -> dict[EventKey, EventRow]:
         """Returns the events of these (namespace, id), of those that the lake holds."""
-        positions = self._find("events", list(dict.fromkeys(keys)), self._index.find_events)
-        rows = self._read("events", positions.values())
-        found = {key: cast(EventRow, rows[position]) for key, position in positions.items()}
-        for key, row in found.items():
-            self._require_same("events", key, (row.namespace, row.id), positions[key])
+        found: dict[EventKey, EventRow] = {}
+        for key, (position, row) in self._named("events", keys, self._index.find_events).items():
+            event = found[key] = cast(EventRow, row)
+            self._require_same("events", key, (event.namespace, event.id), position)
         return found
 
     def get_key_versions(self, keys: Iterable[VersionKey]) -> dict[VersionKey, KeyVersionRow]:
         """Returns the versions of these (namespace, key, version), of those that the lake holds."""
-        positions = self._find("key_versions", list(dict.fromkeys(keys)), self._index.find_key_versions)
-        rows = self._read("key_versions", positions.values())
-        found = {key: cast(KeyVersionRow, rows[position]) for key, position in positions.items()}
-        for key, row in found.items():
-            self._require_same("key_versions", key, (row.namespace, row.key, row.version), positions[key])
+        found: dict[VersionKey, KeyVersionRow] = {}
+        for key, (position, row) in self._named("key_versions", keys, self._index.find_key_versions).items():
+            version = found[key] = cast(KeyVersionRow, row)
+            self._require_same("key_versions", key, (version.namespace, version.key, version.version), position)
         return found
 
     def rows_at(self, table: Table, positions: Iterable[Position]) -> dict[Position, Row]:
         """Returns the rows at these positions, as they are stored; raises IntegrityError when one is not there."""
         return self._read(table, positions)
 
-    def _find(self, table: Table, wanted: list[K], find: Callable[[list[K]], dict[K, Position]]) -> dict[K, Position]:
+    def _named(
+        self, table: Table, keys: Iterable[K], find: Find[K], groups: _Groups | None = None
+    ) -> dict[K, tuple[Position, Row]]:
+        """Returns the rows that the index names for these keys, and where they are.
+
+        Raises IntegrityError when the newest index names a row that is not there; a touch is left to the caller.
+        """
+        wanted = list(dict.fromkeys(keys))
+        positions = self._find(table, wanted, find)
+        try:
+            rows = self._read(table, positions.values(), groups)
+            is_of_before = table == "contexts" and any(cast(ContextRow, row).form == "touch" for row in rows.values())
+        except _MissingRowError:
+            rows, is_of_before = {}, True
+        if is_of_before:
+            positions = self._index.require(self._lake, table, wanted)
+            rows = self._read(table, positions.values(), groups)
+        return {key: (position, rows[position]) for key, position in positions.items()}
+
+    def _find(self, table: Table, wanted: list[K], find: Find[K]) -> dict[K, Position]:
         """Returns the positions of what the lake holds; raises DamagedError when damage hides whether it does."""
         try:
             positions = find(wanted)
@@ -198,36 +217,45 @@ class Lookup:
         wanted = set(positions)
         if not wanted:
             return {}
+        missing: Position | None = None
         reason = ""
+        damages: dict[str, Damage] = {}
         for attempt in range(READ_ATTEMPTS):
             if attempt:
                 self._lake.refresh(table)
             try:
-                rows = self._read_from(self._file_map(table), wanted, groups or _Groups())
+                rows = self._read_from(self._file_map(table), wanted, groups or _Groups(), damages)
             except FoundDamageError as found:
                 # Compacted and vacuumed under us, the newest version names another file.
                 self._lake.refresh(table)
                 snapshot = self._lake.snapshot(table)
                 self._files.drop(snapshot.directory / found.entry.path)
-                if found.entry.path not in snapshot.files:
-                    reason = found.damage.describe()
-                    continue
-                Quarantine(snapshot.directory).add(found.entry, found.damage)
-                raise damaged_error(snapshot.directory, found.damage) from found
+                missing, reason = None, found.damage.describe()
+                if found.entry.path in snapshot.files:
+                    damages[found.entry.path] = _record(snapshot, found.entry, found.damage)
+                    # At midnight the range of the other day's file may hold a row as well.
+                    hidden = [position for position in wanted if hides(damages[found.entry.path], position)]
+                    if not all(self._file_map(table).candidates(position, damages) for position in hidden):
+                        raise damaged_error(snapshot.directory, found.damage) from found
+                continue
             if len(rows) == len(wanted):
                 return rows
             missing = next(position for position in wanted if position not in rows)
             reason = f"there is no row {missing.epoch}/{missing.seq}, which the index names"
-        raise IntegrityError(
+        if damages:
+            raise damaged_error(self._lake.snapshot(table).directory, next(iter(damages.values())))
+        raise (IntegrityError if missing is None else _MissingRowError)(
             f"{table} cannot be read: {reason}",
             hint="run holdfast verify; if it finds nothing, delete the index directory",
         )
 
-    def _read_from(self, files: _FileMap, wanted: set[Position], groups: _Groups) -> dict[Position, Row]:
+    def _read_from(
+        self, files: _FileMap, wanted: set[Position], groups: _Groups, damages: Mapping[str, Damage]
+    ) -> dict[Position, Row]:
         by_file: dict[str, list[int]] = defaultdict(list)
         entries: dict[str, FileEntry] = {}
         for position in wanted:
-            for entry in files.candidates(position):
+            for entry in files.candidates(position, damages):
                 entries[entry.path] = entry
                 by_file[entry.path].append(position.seq)
         places = (
@@ -290,16 +318,42 @@ class _FileMap(NamedTuple):
             epochs[epoch] = [entry.max_seq for entry in entries], lowest, entries
         return cls(snapshot.table, snapshot.directory, snapshot.version, epochs)
 
-    def candidates(self, position: Position) -> list[FileEntry]:
+    def candidates(self, position: Position, damages: Mapping[str, Damage] | None = None) -> list[FileEntry]:
+        """Returns the files that may hold a row, without those in which damage would hide it."""
         ends, lowest, entries = self.epochs.get(position.epoch, ([], [], []))
         found: list[FileEntry] = []
         # From the first file that ends late enough, up to where every further one begins too late.
         for i in range(bisect_left(ends, position.seq), len(entries)):
             if lowest[i] > position.seq:
                 break
-            if entries[i].min_seq <= position.seq:
+            damage = damages.get(entries[i].path) if damages else None
+            if entries[i].min_seq <= position.seq and not (damage and hides(damage, position)):
                 found.append(entries[i])
         return found
+
+
+def hides(damage: Damage, position: Position) -> bool:
+    """Whether a row, if it is in the damaged file, cannot be read for it."""
+    spans = damage.ranges if damage.epoch == position.epoch else ()
+    return any(span.first_seq <= position.seq <= span.last_seq for span in spans)
+
+
+def _record(snapshot: Snapshot, entry: FileEntry, damage: Damage) -> Damage:
+    """Records what is wrong with a file, and returns all that is known of it.
+
+    A look-up meets one row group: that must not take the place of what the scrub knows of the others.
+    """
+    quarantine = Quarantine(snapshot.directory)
+    known = quarantine.files().get(entry.path)
+    if known is not None and known.groups is not None and damage.groups is not None:
+        spans = dict(zip((*known.groups, *damage.groups), (*known.ranges, *damage.ranges), strict=True))
+        groups, ranges = zip(*sorted(spans.items()), strict=True)
+        damage = msgspec.structs.replace(damage, what=f"{known.what}; {damage.what}", groups=groups, ranges=ranges)
+    return quarantine.add(entry, damage).damage()
+
+
+class _MissingRowError(IntegrityError):
+    """The lake has no row where the index names one."""
 
 
 class FoundDamageError(Exception):

@@ -165,6 +165,11 @@ def key_of(row: Row) -> EventKey | VersionKey:
     raise TypeError(f"contexts are keyed by their digest, not {type(row).__name__}")
 
 
+def identity_key(row: Row) -> Digest | EventKey | VersionKey:
+    """What the index knows any row by: a context by its digest, another as :func:`key_of` says."""
+    return row.digest if isinstance(row, ContextRow) else key_of(row)
+
+
 def same_content(one: Row, other: Row) -> bool:
     """Whether two rows say the same, wherever and whenever they were stored.
 

@@ -46,6 +46,7 @@ from holdfast.workers.archive_plan import (
     decode_run,
     deduplicate_by_key,
     deduplicate_contexts,
+    identity_key,
     join_contexts,
     key_of,
     same_content,
@@ -368,7 +369,8 @@ class TableArchiver:
         self._archived.refresh()
         for message in messages:
             rows = decode_run(self.table, [message]).rows
-            if not (rows and self._archived.positions(rows)):
+            # Not by the positions of its parts: those may be held while it is not.
+            if not any(identity_key(row) in self._archived.positions(rows) for row in rows):
                 return message.seq
         return None
 
@@ -398,17 +400,18 @@ class TableArchiver:
         rejected = list(run.rejected)
         if refused:
             rejected += [Rejected(message, refused[message.seq]) for message in messages if message.seq in refused]
-        archived = await self._in_thread(lambda: self._archived.positions(rows))
         if self.table == "contexts":
+            archived = await self._in_thread(lambda: self._archived.positions(rows))
             return await self._in_thread(
                 lambda: join_contexts(deduplicate_contexts(rows, archived, decided), archived, decided)
             ), rejected
-        result = deduplicate_by_key(rows, archived, decided)
+        # Read before anything is decided: a row that turns out not to be readable is archived once more.
+        stored = await self._in_thread(lambda: self._archived.stored(rows))
+        result = deduplicate_by_key(rows, stored, decided)
         self.counters.repeated += result.repeated
         if not result.contested:
             return result.rows, rejected
         by_seq = {message.seq: message for message in messages}
-        stored = await self._in_thread(lambda: self._archived.stored(result.contested))
         for row in result.contested:
             earlier = decided.by_key.get(key_of(row)) or stored.get(key_of(row))
             if earlier is not None and same_content(earlier, row):
