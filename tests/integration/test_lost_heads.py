@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from holdfast.client import connect
+from holdfast.client import Holdfast, connect
 from holdfast.lake import connect as connect_lake
 from holdfast.schemas.errors import UnavailableError
-from holdfast.streams.key_log import KeyLog
-from holdfast.streams.wire import KEYS_STREAM
+from holdfast.streams.decode import encode_key_version
+from holdfast.streams.key_log import Head, KeyLog
+from holdfast.streams.wire import KEYS_STREAM, key_subject
 from holdfast.workers import lost_heads
 from holdfast.workers.control import accept_gap, archiver_status, flush
 from tests.running import dead_letters, own_server, running, settings_in
@@ -22,6 +25,10 @@ from tests.support import api, plain_client
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+
+    from holdfast.schemas.rows import KeyVersionRow
+    from holdfast.workers.settings import WorkerSettings
+    from tests.support import OwnServer
 
 pytestmark = pytest.mark.asyncio
 
@@ -102,6 +109,72 @@ async def test_a_client_that_was_there_before_the_stream_was_made_anew_goes_on_a
             assert await dead_letters(hf) == []
 
 
+async def test_keys_that_were_written_last_are_put_back_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page by page, and within one."""
+    monkeypatch.setattr(lost_heads, "_PAGE", 2)
+    async with lost_versions(tmp_path, ["a", "b", "c", "d", "e", "c", "a"]) as (server, hf, settings):
+        async with running(server.url, settings):
+            await flush(hf.connection)
+        async with plain_client(server.url) as client:
+            stored = [await client.jetstream().get_msg(KEYS_STREAM, seq) for seq in range(1, 6)]
+        assert [message.subject for message in stored] == [key_subject(hf.namespace, name) for name in "acedb"]
+
+
+async def test_a_key_that_a_writer_was_faster_with_keeps_no_other_from_being_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with lost_versions(tmp_path, ["a", "b", "c", "b"]) as (server, hf, settings):
+        heads = KeyLog.heads
+
+        async def overtaken(self: KeyLog, namespace: str, keys: Iterable[str]) -> dict[str, Head]:
+            found = await heads(self, namespace, keys)
+            monkeypatch.setattr(KeyLog, "heads", heads)
+            await hf.keys.put("b", {"n": "faster"})
+            return found
+
+        monkeypatch.setattr(KeyLog, "heads", overtaken)
+        async with running(server.url, settings):
+            await flush(hf.connection)
+            assert [(await hf.keys.get(name)).body for name in ("a", "b", "c")] == [{"n": 0}, {"n": "faster"}, {"n": 2}]
+            assert [record.__dict__["keys"] for record in caplog.records if "put back" in record.message] == [2]
+
+
+async def test_a_version_that_the_server_takes_no_more_keeps_no_other_from_being_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with lost_versions(tmp_path, ["a", "b", "c"]) as (server, hf, settings):
+        limit = hf.connection.client.max_payload
+
+        def swollen(row: KeyVersionRow) -> bytes:
+            return encode_key_version(row) + b" " * (limit if row.key == "b" else 0)
+
+        monkeypatch.setattr(lost_heads, "encode_key_version", swollen)
+        async with running(server.url, settings):
+            await flush(hf.connection)
+            assert [(await hf.keys.get(name)).body for name in ("a", "c")] == [{"n": 0}, {"n": 2}]
+        (told,) = [record for record in caplog.records if "was not put back" in record.message]
+        assert told.__dict__["subject"] == key_subject(hf.namespace, "b")
+
+
+@asynccontextmanager
+async def lost_versions(
+    tmp_path: Path, names: Sequence[str]
+) -> AsyncGenerator[tuple[OwnServer, Holdfast, WorkerSettings]]:
+    """A server whose stream of keys is no more, while versions of these keys, one after the other, are in the lake.
+
+    The settings, of workers to come, accept that.
+    """
+    settings = settings_in(tmp_path)
+    async with own_server(tmp_path) as server, connect(server.url, cache_bytes=0) as hf:
+        async with running(server.url, settings):
+            for number, name in enumerate(names):
+                await hf.keys.put(name, {"n": number})
+            await flush(hf.connection)
+        async with plain_client(server.url) as client:
+            await client.jetstream().delete_stream(KEYS_STREAM)
+        yield server, hf, msgspec.structs.replace(settings, accept_lost_streams=True)
+
+
 async def test_an_archiver_whose_list_of_keys_finds_no_memory_tries_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,24 +185,17 @@ async def test_an_archiver_whose_list_of_keys_finds_no_memory_tries_again(
         closed.append(self)
         await close(self)
 
-    settings = settings_in(tmp_path)
-    async with own_server(tmp_path) as server, connect(server.url, cache_bytes=0) as hf:
-        async with running(server.url, settings):
-            for number in range(1, 4):
-                await hf.keys.put("plan", {"n": number})
-            await flush(hf.connection)
-        async with plain_client(server.url) as client:
-            await client.jetstream().delete_stream(KEYS_STREAM)
+    async with lost_versions(tmp_path, ["plan"] * 3) as (server, hf, settings):
         monkeypatch.setattr(KeyLog, "close", noted)
         scarce = partial(connect_lake, config={"memory_limit": "100KB", "temp_directory": ""})
         monkeypatch.setattr(lost_heads, "connect", scarce)
-        async with running(server.url, msgspec.structs.replace(settings, accept_lost_streams=True)):
+        async with running(server.url, settings):
             with pytest.raises(UnavailableError, match="cannot be listed: Out of Memory"):
                 await flush(hf.connection)
             assert closed
             monkeypatch.undo()
             await flush(hf.connection)
-            assert ((await hf.keys.get("plan")).version, (await hf.keys.get("plan")).body) == (3, {"n": 3})
+            assert ((await hf.keys.get("plan")).version, (await hf.keys.get("plan")).body) == (3, {"n": 2})
             assert (await archiver_status(hf.connection)).problems == []
 
 

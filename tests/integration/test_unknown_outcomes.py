@@ -170,7 +170,8 @@ class TestDeadline:
         release.set()
         await asyncio.wait_for(asyncio.gather(*writes, return_exceptions=True), LIMIT_S)
         third_at, left_s = begun[2]
-        assert left_s <= 30.0 - (third_at - handed_in) < 30.0
+        waited_s = third_at - handed_in
+        assert 0 < waited_s <= 30.0 - left_s + 1e-6  # of a clock that counts days, small differences are not exact
         await committer.close()
 
     @pytest.mark.faults

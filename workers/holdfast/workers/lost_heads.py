@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import duckdb
 
 from holdfast.lake import connect
 from holdfast.lake.lookup import Lookup
-from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas import limits
+from holdfast.schemas.errors import TooLargeError, UnavailableError
 from holdfast.schemas.ids import now_ms
 from holdfast.streams.decode import encode_key_version
 from holdfast.streams.key_log import Head, KeyLog
-from holdfast.streams.publish import Outgoing, Refused, publish
+from holdfast.streams.publish import (
+    WRONG_LAST_SEQUENCE,
+    Outgoing,
+    PubAck,
+    Refused,
+    publish_batch,
+    publish_each,
+)
 from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, key_subject
 
 if TYPE_CHECKING:
@@ -37,14 +45,14 @@ logger = logging.getLogger(__name__)
 _PAGE: Final = 1_000
 TOMBSTONES: Final = ("delete", "expire")
 
-_AT_ONCE: Final = 64
 _DAY_MS: Final = 86_400_000
 TRIMMED_MS: Final = 30 * _DAY_MS
 """Only an archived tombstone that is older than this leaves the stream rightly (see :mod:`holdfast.workers.trim`)."""
 
 _NEWEST: Final = """
 SELECT namespace, key, max(version), arg_max(op, version), epoch_ms(arg_max(stored_at, version)) FROM key_versions
-GROUP BY namespace, key ORDER BY namespace, key"""
+GROUP BY namespace, key ORDER BY max(stored_at) DESC, namespace, key"""
+"""Those that were written last come first: the next writer is likely to be theirs."""
 
 
 async def restore_heads(connection: Connection, lake: Lake, index: LakeIndex, executor: Executor) -> int:
@@ -52,7 +60,8 @@ async def restore_heads(connection: Connection, lake: Lake, index: LakeIndex, ex
 
     Reads the whole list of keys, in ``executor``, which has one thread.  Doing it again, or a writer who is faster,
     changes nothing that is newer.  What has left the stream rightly, as an old tombstone, stays away.  Raises
-    UnavailableError when the list of keys cannot be made now; after that, and after a cancel, some may be put back.
+    UnavailableError when the list of keys cannot be made now, and a RetryError when the server does not store; after
+    that, and after a cancel, some may be put back.
     """
     log = KeyLog(connection)
     pages = _archived_keys(lake, now_ms() - TRIMMED_MS)
@@ -85,11 +94,8 @@ async def _restore(
             heads = await log.heads(namespace, list(keys))
             lost = [newest for key, newest in keys.items() if _is_lost(newest, heads.get(key))]
             rows = await loop.run_in_executor(executor, _read, lake, index, lost)
-            for start in range(0, len(rows), _AT_ONCE):
-                outcomes = await asyncio.gather(
-                    *(_write(connection, row, heads.get(row.key, Head())) for row in rows[start : start + _AT_ONCE])
-                )
-                restored += sum(outcomes)
+            for messages in _batches(_message(row, heads.get(row.key, Head())) for row in rows):
+                restored += await _write(connection, messages)
     return restored
 
 
@@ -131,16 +137,49 @@ def _read(lake: Lake, index: LakeIndex, wanted: list[_Newest]) -> list[KeyVersio
         return []
     index.refresh(lake)
     with Lookup(lake, index) as lookup:
-        found = lookup.get_key_versions([(newest.namespace, newest.key, newest.version) for newest in wanted])
-        return list(found.values())
+        keys = [(newest.namespace, newest.key, newest.version) for newest in wanted]
+        found = lookup.get_key_versions(keys)
+        return [found[key] for key in keys if key in found]
 
 
-async def _write(connection: Connection, row: KeyVersionRow, head: Head) -> bool:
-    # Without its message id: the server may still know that, of the message that it has lost.
-    subject = key_subject(row.namespace, row.key)
-    headers = {H_EXPECT_SUBJECT_SEQ: str(head.last_seq)}
+def _batches(messages: Iterable[Outgoing]) -> Iterator[list[Outgoing]]:
+    batch: list[Outgoing] = []
+    size = 0
+    for message in messages:
+        batch.append(message)
+        size += message.size
+        if len(batch) >= limits.BATCH_MESSAGES or size >= limits.BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+async def _write(connection: Connection, messages: list[Outgoing]) -> int:
+    """Stores them together, and when one does not let the others in, each by itself; returns how many are stored."""
     try:
-        await publish(connection, Outgoing(subject, headers, encode_key_version(row)))
-    except Refused:
-        return False  # a writer was faster: what it wrote is told as a contradiction when it is archived
-    return True
+        return len(await publish_batch(connection, messages))
+    except (Refused, TooLargeError):
+        outcomes = await publish_each(connection, messages)
+    for message, outcome in zip(messages, outcomes, strict=True):
+        match outcome:
+            case PubAck():
+                pass
+            case Refused(err_code=code) if code == WRONG_LAST_SEQUENCE:
+                pass  # a writer was faster: what it wrote is told as a contradiction when it is archived
+            case Refused() | TooLargeError():
+                # To wait for it would keep all others from being archived.
+                logger.error(
+                    "the newest version of a key was not put back: who writes that key gives its number again",
+                    exc_info=outcome,
+                    extra={"action": "head_not_restored", "subject": message.subject},
+                )
+            case _:
+                raise outcome
+    return sum(isinstance(outcome, PubAck) for outcome in outcomes)
+
+
+def _message(row: KeyVersionRow, head: Head) -> Outgoing:
+    # Without its message id: the server may still know that, of the message that it has lost.
+    headers = {H_EXPECT_SUBJECT_SEQ: str(head.last_seq)}
+    return Outgoing(key_subject(row.namespace, row.key), headers, encode_key_version(row))
