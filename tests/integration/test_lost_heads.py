@@ -17,6 +17,7 @@ from holdfast.lake import connect as connect_lake
 from holdfast.schemas.errors import UnavailableError
 from holdfast.streams.decode import encode_key_version
 from holdfast.streams.key_log import Head, KeyLog
+from holdfast.streams.topology import ensure_topology
 from holdfast.streams.wire import KEYS_STREAM, key_subject
 from holdfast.workers import lost_heads
 from holdfast.workers.control import accept_gap, archiver_status, flush
@@ -109,6 +110,25 @@ async def test_a_client_that_was_there_before_the_stream_was_made_anew_goes_on_a
             assert await dead_letters(hf) == []
 
 
+async def test_a_stream_that_is_made_anew_while_the_archiver_runs_gets_its_heads_back(tmp_path: Path) -> None:
+    """By another process, over the server's API: no connection was lost that could tell."""
+    settings = settings_in(tmp_path)
+    async with own_server(tmp_path) as server, running(server.url, settings):
+        async with connect(server.url, cache_bytes=0) as hf:
+            for number in range(1, 4):
+                await hf.keys.put("plan", {"n": number})
+            await flush(hf.connection)
+            await hf.connection.api(f"STREAM.DELETE.{KEYS_STREAM}")
+            await ensure_topology(hf.connection)
+        async with connect(server.url, cache_bytes=0) as hf:
+            await flush(hf.connection)
+            assert (await hf.keys.get("plan")).body == {"n": 3}
+            assert (await hf.keys.put("plan", {"n": 4})).version == 4
+            await flush(hf.connection)
+            assert [version.version async for version in hf.keys.history("plan")] == [4, 3, 2, 1]
+            assert await dead_letters(hf) == []
+
+
 async def test_keys_that_were_written_last_are_put_back_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Page by page, and within one."""
     monkeypatch.setattr(lost_heads, "_PAGE", 2)
@@ -136,7 +156,7 @@ async def test_a_key_that_a_writer_was_faster_with_keeps_no_other_from_being_put
         async with running(server.url, settings):
             await flush(hf.connection)
             assert [(await hf.keys.get(name)).body for name in ("a", "b", "c")] == [{"n": 0}, {"n": "faster"}, {"n": 2}]
-            assert [record.__dict__["keys"] for record in caplog.records if "put back" in record.message] == [2]
+            assert [record.__dict__["keys"] for record in caplog.records if "were put back" in record.message] == [2]
 
 
 async def test_a_version_that_the_server_takes_no_more_keeps_no_other_from_being_put_back(
@@ -152,8 +172,8 @@ async def test_a_version_that_the_server_takes_no_more_keeps_no_other_from_being
         async with running(server.url, settings):
             await flush(hf.connection)
             assert [(await hf.keys.get(name)).body for name in ("a", "c")] == [{"n": 0}, {"n": 2}]
-        (told,) = [record for record in caplog.records if "was not put back" in record.message]
-        assert told.__dict__["subject"] == key_subject(hf.namespace, "b")
+        (told,) = [record for record in caplog.records if "were not put back" in record.message]
+        assert (told.__dict__["keys"], told.__dict__["first"]) == (1, key_subject(hf.namespace, "b"))
 
 
 @asynccontextmanager

@@ -24,9 +24,10 @@ from holdfast.schemas.rows import TABLES
 from holdfast.streams.connection import open_connection
 from holdfast.streams.events import NewEvent
 from holdfast.streams.topology import begin_epoch, ensure_topology, purge_below, stream_info
-from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM
+from holdfast.streams.wire import EVENTS_STREAM, HOT_STREAM, KEYS_STREAM
 from holdfast.workers import archiver as archiver_module
 from holdfast.workers.control import accept_gap, archiver_status, evict, flush
+from holdfast.workers.stream_marks import StreamMarks
 from tests.running import (
     Acknowledged,
     check_watermarks,
@@ -39,7 +40,7 @@ from tests.running import (
     until_ready,
     worker_process,
 )
-from tests.support import OwnServer, api, plain_client
+from tests.support import LIMIT_S, OwnServer, api, plain_client
 
 if TYPE_CHECKING:
     from holdfast.workers.settings import WorkerName, WorkerSettings
@@ -198,6 +199,49 @@ async def test_a_lost_tail_is_told_and_what_took_its_place_is_archived(
         assert all(now[table] != marks[table] for table in TABLES)
 
 
+async def test_who_stands_behind_a_tail_that_was_lost_before_it_was_archived_goes_on(
+    server: OwnServer, settings: WorkerSettings, tmp_path: Path
+) -> None:
+    """The next messages take the lost sequences, which a watch has seen already: another life of the stream begins."""
+    store, copy = tmp_path / "nats", tmp_path / "kept"
+    marks = StreamMarks(settings.lake)
+
+    def is_seen() -> bool:
+        mark = marks.get(KEYS_STREAM)
+        return mark is not None and mark.seq == 6
+
+    async with running(server.url, settings, BOTH) as workers, connect(server.url, cache_bytes=0) as hf:
+        await hf.keys.put("k", "archived")
+        await flush(hf.connection)
+        await server.stop()
+        shutil.copytree(store, copy)
+        await server.start(with_streams=False)
+        await eventually(partial(_has_reconnected, workers, 0))
+        await flush(hf.connection)  # compared: from now on it is noted how far the streams reach
+        async with hf.keys.watch("k") as changes:
+            for number in range(5):
+                await hf.keys.put("k", number)
+                assert (await anext(changes)).version == number + 2
+            await eventually(is_seen)
+            await server.kill()
+            shutil.rmtree(store)
+            shutil.move(copy, store)
+            await server.start(with_streams=False)
+            await eventually(partial(_has_reconnected, workers, 1))
+            async with connect(server.url, cache_bytes=0) as other:
+                await flush(other.connection)
+                told = [problem["what"] for problem in await problems(other)]
+                assert any("2 to 6, were stored and not archived, and are gone" in what for what in told), told
+                assert (await other.keys.put("k", "since")).version == 2
+                async with asyncio.timeout(LIMIT_S):
+                    while (await (await anext(changes)).load()).body != "since":
+                        pass
+                await flush(other.connection)
+                assert [version.version async for version in other.keys.history("k")] == [2, 1]
+                assert [(await accept_gap(other.connection, table))["alarms"] for table in TABLES] == [1, 0, 1]
+                assert await problems(other) == []
+
+
 async def test_a_tail_lost_while_the_archiver_runs_is_noticed_at_the_reconnect(
     server: OwnServer, settings: WorkerSettings, tmp_path: Path
 ) -> None:
@@ -313,8 +357,8 @@ async def test_what_others_purge_is_a_gap_until_it_is_accepted(server: OwnServer
         assert (await stream_info(hf.connection, EVENTS_STREAM)).messages == 10
         # One stream's gap does not hold up the others.
         await eventually(lambda: _archived(settings, ref))
-        assert await accept_gap(hf.connection, "events") == {"table": "events", "from": 11, "to": 20}
-        assert await accept_gap(hf.connection, "events") == {"table": "events", "from": None, "to": None}
+        assert await accept_gap(hf.connection, "events") == {"table": "events", "from": 11, "to": 20, "alarms": 0}
+        assert await accept_gap(hf.connection, "events") == {"table": "events", "from": None, "to": None, "alarms": 0}
         await flush(hf.connection)
         assert await problems(hf) == []
         found = [event.data["n"] async for event in hf.query()]

@@ -83,7 +83,7 @@ class StreamCheck:
         mark = await asyncio.to_thread(StreamMarks(self._archive.path).get, stream)
         lost = await lost_since(self._connection, info, mark, after, may_be_trimmed=table == "key_versions")
         if lost is not None:
-            self._add("I1", "tail", lost, stream)
+            self._add("I1", "tail", lost.what, stream)
         if before is not None and before.epoch != info.epoch:
             self._add(
                 "I3", "watermark", f"the watermark is of epoch {before.epoch}, the stream of {info.epoch}", stream

@@ -8,7 +8,7 @@ lock; whoever tells health reads it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -58,12 +58,20 @@ def raise_alarm(lake: Path, alarm: Problem) -> None:
         _write(lake, [*alarms, alarm])
 
 
-def end_alarms(lake: Path, of: str) -> None:
-    """Removes the alarms of one object, durably."""
+class AcceptedGap(NamedTuple):
+    """The range of sequences that was given up, None when nothing was missing; and how many alarms were ended."""
+
+    span: tuple[int, int] | None
+    alarms: int
+
+
+def end_alarms(lake: Path, of: str) -> int:
+    """Removes the alarms of one object, durably, and returns how many there were."""
     alarms = read_alarms(lake)
     left = [alarm for alarm in alarms if alarm.object != of]
     if left != alarms:
         _write(lake, left)
+    return len(alarms) - len(left)
 
 
 def _write(lake: Path, alarms: list[Problem]) -> None:

@@ -37,7 +37,7 @@ from holdfast.streams.dead import bury
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import StreamInfo, begin_epoch, mark_heads_archived, stream_info
 from holdfast.streams.wire import STREAM_OF_TABLE
-from holdfast.workers.alarms import end_alarms, raise_alarm, read_alarms
+from holdfast.workers.alarms import AcceptedGap, end_alarms, raise_alarm, read_alarms
 from holdfast.workers.archive_intake import Intake, Piece
 from holdfast.workers.archive_plan import (
     Decided,
@@ -122,6 +122,7 @@ class TableArchiver:
         self._manifests = ManifestChecker(hot, lake, index, self._in_thread)
         self._intake: Intake | None = None
         self._checked_reconnects = -1
+        self._checked_epoch = ""
         self.archived_seq = 0
         self._marks = StreamMarks(lake.path)
         self._last_mark: Mark | None = None
@@ -210,10 +211,10 @@ class TableArchiver:
             await self._restart()
             return None
 
-    async def accept_gap(self) -> tuple[int, int] | None:
+    async def accept_gap(self) -> AcceptedGap:
         """Records the messages that are missing at the archiver's position as lost, and moves past them.
 
-        Returns the range of sequences that was given up, or None when nothing is missing.
+        Ends the stream's alarms, whether or not anything is missing there.
         """
         info = await stream_info(self._connection, self.stream)
         watermark = await self.watermark()
@@ -224,10 +225,10 @@ class TableArchiver:
         finally:
             await reader.close()
         found = messages[0].seq if messages else info.last_seq + 1
-        await self._in_thread(lambda: end_alarms(self._lake.path, self.stream))
+        ended = await self._in_thread(lambda: end_alarms(self._lake.path, self.stream))
         self.alarms.clear()
         if found <= first_seq:
-            return None
+            return AcceptedGap(None, ended)
         await self._in_thread(
             lambda: self._lake.append(self.table, [], epoch=info.epoch, first_seq=first_seq, last_seq=found - 1)
         )
@@ -237,7 +238,7 @@ class TableArchiver:
         )
         self.problem = None
         await self._restart()
-        return first_seq, found - 1
+        return AcceptedGap((first_seq, found - 1), ended)
 
     def distrust(self) -> None:
         """Has the next cycle compare stream and lake again."""
@@ -258,22 +259,25 @@ class TableArchiver:
             )
 
     async def _checked(self) -> StreamInfo:
-        """Checks once for each connection that the stream still is what the lake remembers of it."""
+        """Checks that the stream still is what the lake remembers of it, once for each connection and each epoch.
+
+        It may be made anew at any time, by whoever may do so: that shows in its epoch alone.
+        """
         if not self._alarms_read:
             known = await self._in_thread(lambda: read_alarms(self._lake.path))
             self.alarms = [alarm for alarm in known if alarm.object == self.stream]
             self._alarms_read = True
         info = await stream_info(self._connection, self.stream)
-        if self._checked_reconnects == self._connection.reconnects:
+        if self._is_checked(info):
             return info
         reconnects = self._connection.reconnects
         watermark = await self.watermark()
         # Once more, after the watermark: another archiver may have archived what came after the first look, and a
         # stream that ends before its watermark has lost something.
         info = await stream_info(self._connection, self.stream)
-        await self._compare_mark(info, watermark)
+        epoch, is_cut = info.epoch, await self._compare_mark(info, watermark)
         if watermark is not None and watermark.epoch == info.epoch:
-            info = await self._continued(info, watermark)
+            info = await self._continued(info, watermark, is_cut=is_cut)
         elif info.first_seq > info.epoch_start and info.last_seq:
             await self._alarm(
                 f"{info.name} begins at sequence {info.first_seq}, and the lake holds nothing of what stood before",
@@ -285,13 +289,18 @@ class TableArchiver:
                 extra={"action": "new_epoch", "table": self.table, "old": watermark.epoch, "new": info.epoch},
             )
             await self._tell_of_lost_heads()
+        if is_cut and info.epoch == epoch:
+            info = await self._begin_epoch(max(1, info.first_seq, info.epoch_start))
         await self._restart()
-        self._checked_reconnects = reconnects
+        self._checked_reconnects, self._checked_epoch = reconnects, info.epoch
         return info
+
+    def _is_checked(self, info: StreamInfo) -> bool:
+        return self._checked_reconnects == self._connection.reconnects and self._checked_epoch == info.epoch
 
     async def note_end(self, info: StreamInfo) -> None:
         """Remembers how far the stream reaches, durably, once it was found to be what the lake remembers."""
-        if self._checked_reconnects == self._connection.reconnects:
+        if self._is_checked(info):
             if self._last_mark is None:
                 self._last_mark = await self._in_thread(lambda: self._marks.get(self.stream))
             mark = await newest_mark(self._connection, info, self._last_mark)
@@ -299,29 +308,33 @@ class TableArchiver:
                 await self._in_thread(lambda: self._marks.put(self.stream, mark))
                 self._last_mark = mark
 
-    async def _compare_mark(self, info: StreamInfo, watermark: Position | None) -> None:
+    async def _compare_mark(self, info: StreamInfo, watermark: Position | None) -> bool:
+        """Raises an alarm when something was lost before it was archived; returns whether that was the stream's end."""
         may_be_trimmed = self.table == "key_versions"
         mark = await self._in_thread(lambda: self._marks.get(self.stream))
-        what = await lost_since(self._connection, info, mark, watermark, may_be_trimmed=may_be_trimmed)
-        if what is not None:
-            await self._alarm(
-                f"{info.name} lost messages: {what}",
-                "what is in the lake is safe, and archiving goes on; check the server's disk and its durability mode. "
-                "Producers may still hold what they sent; 'holdfast accept-gap' ends the alarm",
-            )
+        lost = await lost_since(self._connection, info, mark, watermark, may_be_trimmed=may_be_trimmed)
+        if lost is None:
+            return False
+        await self._alarm(
+            f"{info.name} lost messages: {lost.what}",
+            "what is in the lake is safe, and archiving goes on; check the server's disk and its durability mode. "
+            "Producers may still hold what they sent; 'holdfast accept-gap' ends the alarm",
+        )
+        return lost.is_cut
 
-    async def _continued(self, info: StreamInfo, watermark: Position) -> StreamInfo:
+    async def _continued(self, info: StreamInfo, watermark: Position, *, is_cut: bool) -> StreamInfo:
         """Returns the stream's state when it still is what the lake remembers, or that of the epoch begun anew.
 
         A server that lost its tail gives the sequences of lost messages to new ones, as soon as anybody publishes:
         by the time it shows, some may stand there.  So nothing is purged to lift the next sequence.  The new epoch
         begins at the first message that the lake does not hold; what is read again from there is deduplicated.
+        ``is_cut``: the end behind the watermark was lost, which readers that stood there cannot tell by themselves.
         """
         try:
             anchors = await self._in_thread(lambda: self._lake.anchors(self.table, info.first_seq, most=ANCHORS_READ))
             await check_anchors(self._connection, self.table, info, anchors)
             if info.last_seq >= watermark.seq:
-                return info
+                return await self._begin_epoch(watermark.seq + 1) if is_cut else info
             what = f"it ends at sequence {info.last_seq}, {watermark.seq} was archived"
         except DivergedError as error:
             what = error.message
@@ -332,7 +345,9 @@ class TableArchiver:
         )
         await self._tell_of_lost_heads()
         info = await stream_info(self._connection, self.stream)
-        start = await self._first_unarchived(info)
+        return await self._begin_epoch(await self._first_unarchived(info))
+
+    async def _begin_epoch(self, start: int) -> StreamInfo:
         info = await begin_epoch(self._connection, self.stream, start)
         if start > 1:
             await self._in_thread(
@@ -369,8 +384,9 @@ class TableArchiver:
         self._archived.refresh()
         for message in messages:
             rows = decode_run(self.table, [message]).rows
+            held = self._archived.positions(rows) if rows else {}
             # Not by the positions of its parts: those may be held while it is not.
-            if not any(identity_key(row) in self._archived.positions(rows) for row in rows):
+            if not any(identity_key(row) in held for row in rows):
                 return message.seq
         return None
 

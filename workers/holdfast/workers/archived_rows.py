@@ -119,6 +119,8 @@ class ArchivedRows:
 
         The index knows the first row of a key.  When that is in a damaged file, it may have been archived again since.
         """
+        if not positions:
+            return {}, set()  # the usual case: all are new
         # Read anew: what another object has recorded a moment ago must not be missed.
         damages = [record.damage() for record in Quarantine(snapshot.directory).of(snapshot).values()]
         hiding = [damage for damage in damages if any(hides(damage, place) for place in positions.values())]

@@ -225,9 +225,10 @@ class Archiver:
     async def accept_gap(self, table: Table) -> dict[str, object]:
         """Gives up the messages missing at the archiver's position in a stream, for good, and says which."""
         async with self._turn:
-            gap = await self._tables[table].accept_gap()
+            accepted = await self._tables[table].accept_gap()
         self._wake.set()
-        return {"table": table, "from": gap[0] if gap else None, "to": gap[1] if gap else None}
+        first_seq, last_seq = accepted.span or (None, None)
+        return {"table": table, "from": first_seq, "to": last_seq, "alarms": accepted.alarms}
 
     async def close(self) -> None:
         """Waits for the round under way, then drops consumers and the thread."""
@@ -269,7 +270,11 @@ class Archiver:
                 # Another archiver was faster.  That is its good right, as often as it gets further by it; again and
                 # again at one place would be a fault of ours.
                 archiver.counters.fenced += 1
-                stands_at = await archiver.watermark()
+                try:
+                    stands_at = await archiver.watermark()
+                except OSError as error:
+                    self._note(archiver, lake_unavailable(error))
+                    return
                 fenced = fenced + 1 if stands_at == fenced_at else 1
                 fenced_at = stands_at
                 if fenced > _MOST_FENCED:
@@ -425,6 +430,7 @@ async def run_archiver(
                 description="Archives Holdfast's streams into the lake",
                 endpoints=_endpoints(archiver),
                 namespace_at=None,
+                drain_timeout_s=settings.drain_timeout_s,
             )
         )
         yield archiver

@@ -137,7 +137,11 @@ async def archiver_status(connection: Connection, *, timeout_s: float = STATUS_S
 
 
 async def accept_gap(connection: Connection, table: Table, *, timeout_s: float = FLUSH_S) -> dict[str, Any]:
-    """Has the archiver record the gap it stands before as lost; returns ``{"table", "from", "to"}``."""
+    """Has the archiver record the gap it stands before as lost; and its alarms as seen.
+
+    Returns ``{"table", "from", "to", "alarms"}``: what was given up, null when nothing was missing, and how many
+    alarms were ended.
+    """
     return await _call(connection, ACCEPT_GAP_SUBJECT, AcceptGapRequest(table), timeout_s)
 
 

@@ -30,7 +30,9 @@ from holdfast.streams.publish import (
     publish_batch,
     publish_each,
 )
-from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, key_subject
+from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
+from holdfast.streams.topology import stream_info
+from holdfast.streams.wire import H_EXPECT_SUBJECT_SEQ, KEYS_STREAM, key_subject
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -63,7 +65,9 @@ async def restore_heads(connection: Connection, lake: Lake, index: LakeIndex, ex
     UnavailableError when the list of keys cannot be made now, and a RetryError when the server does not store; after
     that, and after a cancel, some may be put back.
     """
-    log = KeyLog(connection)
+    info = await call_with_retry(lambda: stream_info(connection, KEYS_STREAM), deadline_s=READ_DEADLINE_S)
+    # At the leader of a cluster: a copy that lags shows an older head, which nothing can be written behind.
+    log = KeyLog(connection, replicas=info.replicas)
     pages = _archived_keys(lake, now_ms() - TRIMMED_MS)
     try:
         restored = await _restore(connection, log, pages, lake, index, executor)
@@ -87,15 +91,11 @@ async def _restore(
     loop = asyncio.get_running_loop()
     restored = 0
     while page := await loop.run_in_executor(executor, lambda: next(pages, None)):
-        by_namespace: dict[str, dict[str, _Newest]] = {}
-        for newest in page:
-            by_namespace.setdefault(newest.namespace, {})[newest.key] = newest
-        for namespace, keys in by_namespace.items():
-            heads = await log.heads(namespace, list(keys))
-            lost = [newest for key, newest in keys.items() if _is_lost(newest, heads.get(key))]
-            rows = await loop.run_in_executor(executor, _read, lake, index, lost)
-            for messages in _batches(_message(row, heads.get(row.key, Head())) for row in rows):
-                restored += await _write(connection, messages)
+        heads = await _heads(log, page)
+        lost = [newest for newest in page if _is_lost(newest, heads.get((newest.namespace, newest.key)))]
+        rows = await loop.run_in_executor(executor, _read, lake, index, lost)
+        for messages in _batches(_message(row, heads.get((row.namespace, row.key), Head())) for row in rows):
+            restored += await _write(connection, messages)
     return restored
 
 
@@ -106,6 +106,18 @@ class _Newest(NamedTuple):
     key: str
     version: int
     is_gone: bool
+
+
+async def _heads(log: KeyLog, page: list[_Newest]) -> dict[tuple[str, str], Head]:
+    """Returns what the stream has of these keys as the newest, by namespace and key."""
+    by_namespace: dict[str, list[str]] = {}
+    for newest in page:
+        by_namespace.setdefault(newest.namespace, []).append(newest.key)
+    return {
+        (namespace, key): head
+        for namespace, keys in by_namespace.items()
+        for key, head in (await log.heads(namespace, keys)).items()
+    }
 
 
 def _is_lost(newest: _Newest, head: Head | None) -> bool:
@@ -161,6 +173,7 @@ async def _write(connection: Connection, messages: list[Outgoing]) -> int:
         return len(await publish_batch(connection, messages))
     except (Refused, TooLargeError):
         outcomes = await publish_each(connection, messages)
+    unfit: list[tuple[str, Exception]] = []
     for message, outcome in zip(messages, outcomes, strict=True):
         match outcome:
             case PubAck():
@@ -168,14 +181,16 @@ async def _write(connection: Connection, messages: list[Outgoing]) -> int:
             case Refused(err_code=code) if code == WRONG_LAST_SEQUENCE:
                 pass  # a writer was faster: what it wrote is told as a contradiction when it is archived
             case Refused() | TooLargeError():
-                # To wait for it would keep all others from being archived.
-                logger.error(
-                    "the newest version of a key was not put back: who writes that key gives its number again",
-                    exc_info=outcome,
-                    extra={"action": "head_not_restored", "subject": message.subject},
-                )
+                unfit.append((message.subject, outcome))
             case _:
                 raise outcome
+    if unfit:
+        # To wait for them would keep all others from being archived.
+        logger.error(
+            "newest versions of keys were not put back: who writes such a key gives a number again",
+            exc_info=unfit[0][1],
+            extra={"action": "heads_not_restored", "keys": len(unfit), "first": unfit[0][0]},
+        )
     return sum(isinstance(outcome, PubAck) for outcome in outcomes)
 
 

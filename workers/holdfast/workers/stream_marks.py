@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -80,7 +80,9 @@ def mark_of(message: StoredMessage) -> Mark:
 
 async def newest_mark(connection: Connection, info: StreamInfo, known: Mark | None) -> Mark | None:
     """Returns the mark of a stream's last message; None when it is known already, or there is no such message."""
-    if not info.last_seq or (known is not None and (known.epoch, known.seq) == (info.epoch, info.last_seq)):
+    if not info.last_seq or (
+        known is not None and (known.epoch, known.seq) == (info.epoch_at(info.last_seq), info.last_seq)
+    ):
         return None
     message = await read_one(connection, info, info.last_seq)
     return None if message is None else mark_of(message)
@@ -105,9 +107,16 @@ async def _missing(connection: Connection, info: StreamInfo, first_seq: int, las
     return missing if expected > last_seq else [*missing, (expected, last_seq)]
 
 
+class Lost(NamedTuple):
+    """What a stream has lost that was not archived; ``is_cut``: its end, so that sequences are given out again."""
+
+    what: str
+    is_cut: bool
+
+
 async def lost_since(
     connection: Connection, info: StreamInfo, mark: Mark | None, watermark: Position | None, *, may_be_trimmed: bool
-) -> str | None:
+) -> Lost | None:
     """Returns what a stream has lost of what was seen and not archived; None when nothing.
 
     ``may_be_trimmed``: whether single messages may have left the stream rightly.
@@ -117,7 +126,8 @@ async def lost_since(
         return None
     if info.last_seq < mark.seq:
         first = max(info.last_seq, archived) + 1
-        return f"{mark.seq - first + 1} messages, {first} to {mark.seq}, were stored and not archived, and are gone"
+        what = f"{mark.seq - first + 1} messages, {first} to {mark.seq}, were stored and not archived, and are gone"
+        return Lost(what, is_cut=True)
     if mark.seq < info.first_seq:
         return None  # purged: below a watermark that is read anew
     message = await read_one(connection, info, mark.seq)
@@ -127,11 +137,12 @@ async def lost_since(
         # Stopped cleanly, the server believes its own account of a block that has lost its end.
         missing = await _missing(connection, info, max(archived + 1, info.first_seq), mark.seq)
         named = ", ".join(f"{first} to {last}" for first, last in missing)
-        return f"{named} were stored and not archived, and cannot be read"
+        return Lost(f"{named} were stored and not archived, and cannot be read", is_cut=False)
     found = mark_of(message)
     if (found.stored_at_ms, found.digest) == (mark.stored_at_ms, mark.digest):
         return None
-    return (
+    what = (
         f"another message stands at {mark.seq}, which was stored and not archived: the stream lost its tail and went "
         f"on; some of {archived + 1} to {mark.seq} are gone"
     )
+    return Lost(what, is_cut=True)

@@ -198,6 +198,7 @@ class Trimmer:
         if self._epoch != info.epoch:
             self._epoch = info.epoch
             self._cursors.clear()
+            self._marked_at_ms = None
         at_ms = await self._clock.now_ms() if self._clock_ms is None else self._clock_ms()
         return _Snapshot(info, watermark, at_ms)
 

@@ -88,7 +88,11 @@ async def accept_gap(
         report = await control.accept_gap(connection, table)
     if invocation.json:
         output.write_json(report)
-    elif report.get("from") is None:
-        output.write_line(f"no gap: {table} is archived without one")
-    else:
+        return
+    alarms = report.get("alarms", 0)
+    if report.get("from") is not None:
         output.write_line(f"given up: {table} {report['from']} to {report['to']}")
+    elif not alarms:
+        output.write_line(f"no gap: {table} is archived without one")
+    if alarms:
+        output.write_line(f"ended: {alarms} alarm{'s' if alarms > 1 else ''} of {table}")
