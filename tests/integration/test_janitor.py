@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, Final
@@ -14,9 +15,11 @@ from holdfast.schemas import failpoints
 from holdfast.schemas.errors import UnavailableError
 from holdfast.schemas.failpoints import FailpointError
 from holdfast.schemas.ids import now_ms
-from holdfast.streams.connection import Connection, open_connection
+from holdfast.streams.connection import ApiError, ApiFailure, Connection, open_connection
 from holdfast.streams.decode import KeyVersionBody
 from holdfast.streams.key_log import KeyLog
+from holdfast.streams.publish import WRONG_LAST_SEQUENCE, Outgoing, Refused
+from holdfast.streams.pull import StreamReader
 from holdfast.streams.server_clock import ServerClock
 from holdfast.streams.topology import stream_info
 from holdfast.streams.wire import KEYS_STREAM
@@ -147,6 +150,57 @@ async def test_what_is_no_version_on_top_of_a_key_does_not_keep_it_from_expiring
     assert head.row is not None
     assert (head.row.op, head.row.version) == ("expire", 2)
     assert await janitor.round() == 0
+    await janitor.close()
+
+
+async def test_the_janitor_waits_for_a_server_that_has_jetstream_switched_off(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one has that stops, and still answers for a while."""
+    monkeypatch.setattr(janitor_module, "INTERVAL_S", 0.01)
+    refusals = [ApiError(ApiFailure(503, 10039, "JetStream not enabled for account"), "STREAM.INFO")] * 3
+    read = StreamReader.read
+
+    async def stopping(reader: StreamReader, **limits: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return await read(reader, **limits)
+
+    monkeypatch.setattr(StreamReader, "read", stopping)
+    await put_version(connection, "default", "k", 1, expires_at_ms=1_000)
+    janitor = Janitor(connection, clock_ms=lambda: 2_000)
+    at_work = asyncio.create_task(janitor.run())
+    try:
+        await eventually(lambda: janitor.counters.expired == 1)
+        assert not at_work.done()
+    finally:
+        at_work.cancel()
+        await asyncio.gather(at_work, return_exceptions=True)
+        await janitor.close()
+
+
+async def test_an_expiry_that_was_refused_by_nobody_knows_what_stays_due(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = [Refused(ApiFailure(400, WRONG_LAST_SEQUENCE, "wrong last sequence"))]
+    publish, head = Janitor._publish, KeyLog.head
+
+    async def refuse(janitor: Janitor, message: Outgoing) -> None:
+        if refused:
+            raise refused.pop()
+        await publish(janitor, message)
+
+    async def away(*_: object) -> Any:
+        monkeypatch.setattr(KeyLog, "head", head)
+        raise UnavailableError("nobody answers")
+
+    monkeypatch.setattr(Janitor, "_publish", refuse)
+    monkeypatch.setattr(KeyLog, "head", away)
+    await put_version(connection, "default", "k", 1, expires_at_ms=1_000)
+    janitor = Janitor(connection, clock_ms=lambda: 2_000)
+    with pytest.raises(UnavailableError):
+        await janitor.round()
+    assert await janitor.round() == 1
     await janitor.close()
 
 

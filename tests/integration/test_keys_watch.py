@@ -10,7 +10,8 @@ import pytest
 
 from holdfast.client import connect
 from holdfast.schemas.errors import InvalidFieldError, InvalidNameError
-from holdfast.streams.connection import open_connection
+from holdfast.streams.connection import ApiError, ApiFailure, open_connection
+from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import ensure_topology
 from holdfast.streams.wire import KEYS_STREAM, key_subject
 from tests.key_support import reader_of, url_of
@@ -316,6 +317,29 @@ async def test_a_watch_waits_for_a_server_that_is_away(own_server: OwnServer) ->
         await own_server.start(with_streams=False)
         await hf.keys.put("k", 2)
         assert told(await waiting) == [("k", 2, "put")]
+
+
+async def test_a_watch_waits_for_a_server_that_has_jetstream_switched_off(
+    hf: Holdfast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one has that stops, and still answers for a while; what else it refuses is told."""
+    refusals: list[ApiError] = []
+    read = StreamReader.read
+
+    async def stopping(reader: StreamReader, **limits: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return await read(reader, **limits)
+
+    async with hf.keys.watch("k") as changes:
+        monkeypatch.setattr(StreamReader, "read", stopping)
+        refusals += [ApiError(ApiFailure(503, code, "JetStream not enabled"), "STREAM.INFO") for code in (10039, 10076)]
+        await hf.keys.put("k", 1)
+        assert told(await take(changes, 1)) == [("k", 1, "put")]
+        assert refusals == []
+        refusals.append(ApiError(ApiFailure(400, 10025, "bad request"), "STREAM.INFO"))
+        with pytest.raises(ApiError, match="bad request"):
+            await take(changes, 1)
 
 
 async def _recreate(server: OwnServer) -> None:

@@ -15,7 +15,7 @@ from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.leader import message_at_leader
 from holdfast.streams.publish import Outgoing
 from holdfast.streams.pull import StreamReader
-from holdfast.streams.topology import ensure_topology
+from holdfast.streams.topology import ensure_topology, stream_info
 from holdfast.streams.wire import EVENTS_STREAM, H_MSG_ID
 from tests.support import LIMIT_S, OwnServer, hpub, plain_client, raw_publish
 
@@ -29,6 +29,13 @@ async def publish(connection: Connection, count: int, *, start: int = 0, size: i
         [Outgoing("ctx.n.event.a.b", {H_MSG_ID: f"n.{i}"}, b"%0*d" % (size, i)) for i in range(start, start + count)]
     )
     await committer.close()
+
+
+async def stored(connection: Connection, count: int) -> None:
+    """Waits for what was published without an acknowledgement."""
+    async with asyncio.timeout(LIMIT_S):
+        while (await stream_info(connection, EVENTS_STREAM)).messages < count:
+            await asyncio.sleep(0.01)
 
 
 def seqs(messages: list[StoredMessage]) -> list[int]:
@@ -333,12 +340,36 @@ async def test_the_leader_tells_the_same_headers_as_a_delivery(own_server: OwnSe
     block = b"NATS/1.0\r\nHf-Kind:  padded \r\ntwo words: 1\r\nno colon\r\nn\xc3\xa4me: 2\r\nHf-Kind: last\r\n\r\n"
     async with open_connection(own_server.url) as connection:
         await raw_publish(own_server.url, hpub(b"ctx.n.event.a.b", block))
+        await stored(connection, 1)
         reader = StreamReader(connection, EVENTS_STREAM, 1)
         (delivered,), _ = await reader.read(limit=1)
         await reader.close()
         found = await message_at_leader(connection, EVENTS_STREAM, {"seq": 1})
         assert found is not None
         assert dict(found.headers) == dict(delivered.headers) == {"Hf-Kind": "last"}
+
+
+@pytest.mark.parametrize(("first", "wanted"), [(1, [6]), (3, [6])])
+async def test_an_empty_pull_passes_over_nothing_that_is_there(
+    own_server: OwnServer, monkeypatch: pytest.MonkeyPatch, first: int, wanted: list[int]
+) -> None:
+    """As one is from a consumer on a replica that has not caught up: what is there comes later, behind a gap."""
+    pull, is_behind = StreamReader._pull, [False, True]
+
+    async def lagging(reader: StreamReader, count: int) -> list[StoredMessage]:
+        return [] if is_behind and is_behind.pop() else await pull(reader, count)
+
+    async with open_connection(own_server.url) as connection:
+        await publish(connection, 5)
+        committer = Committer(connection)
+        await committer.store(Outgoing("ctx.n.event.a.c", {H_MSG_ID: "n.c"}, b"{}"))
+        await committer.close()
+        monkeypatch.setattr(StreamReader, "_pull", lagging)
+        reader = StreamReader(connection, EVENTS_STREAM, first, allow_gaps=True, filter_subject="ctx.n.event.a.c")
+        messages, _ = await reader.read(limit=10)
+        assert seqs(messages) == wanted
+        assert (await reader.read(limit=10))[0] == []
+        await reader.close()
 
 
 async def test_large_messages_do_not_stop_a_reader(own_server: OwnServer) -> None:

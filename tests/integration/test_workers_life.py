@@ -19,12 +19,13 @@ from nats.errors import NoRespondersError
 
 from holdfast.client import connect
 from holdfast.lake import LakeIndex
-from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas.errors import ClosedError, UnavailableError
 from holdfast.schemas.refs import compute_digest, format_ref
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.consumer import DurableConsumer, ack_floor
 from holdfast.streams.topology import StreamInfo, stream_info
 from holdfast.streams.wire import EVENTS_STREAM, STREAM_OF_TABLE
+from holdfast.workers.archiver import Archiver
 from holdfast.workers.control import evict, flush
 from holdfast.workers.ingester import CONSUMER
 from holdfast.workers.settings import WORKERS, WorkerName
@@ -70,6 +71,39 @@ async def test_workers_drain_in_the_stated_order(
     drained = [worker for action, worker in told if action == "worker_drained"]
     assert started == ["archiver", "ingester", "compactor", "janitor", "resolver"] == list(WORKERS)
     assert drained == ["resolver", "janitor", "compactor", "ingester", "archiver"]
+
+
+async def test_an_archiver_that_does_not_come_to_an_end_is_cancelled_after_its_time(
+    server: OwnServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def stuck(_: Archiver) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    monkeypatch.setattr(Archiver, "run", stuck)
+    async with asyncio.timeout(LIMIT_S):
+        async with running(server.url, settings_in(tmp_path, drain_timeout_s=0.05), ["archiver"]):
+            await begun.wait()
+        assert cancelled.is_set()
+
+
+@pytest.mark.parametrize("name", WORKERS)
+async def test_a_worker_whose_connection_was_closed_for_good_ends(
+    server: OwnServer, tmp_path: Path, name: WorkerName
+) -> None:
+    """As over credentials that are good no longer: it could do nothing any more, and its standby would wait."""
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(ClosedError, match="for good"):
+            async with running(server.url, settings_in(tmp_path), [name]) as workers:
+                await workers.connection.client.close()
+                await asyncio.Event().wait()
+        async with running(server.url, settings_in(tmp_path), [name]):
+            pass
 
 
 @pytest.mark.parametrize("name", WORKERS)

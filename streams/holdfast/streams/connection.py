@@ -52,6 +52,10 @@ _NOT_NOW: Final = frozenset({10004, 10008, 10009, 10075, 10118, 10119, 10163, 10
 succeed a moment later."""
 
 
+_SWITCHED_OFF: Final = frozenset({10039, 10076})
+"""A server that stops, or whose disk is full, ends JetStream first and still answers for a while."""
+
+
 class ApiError(HoldfastError):
     """JetStream refused a call; ``err_code`` tells why (its numbers are stable, its words are not)."""
 
@@ -62,6 +66,11 @@ class ApiError(HoldfastError):
         self.http_code = failure.code
         self.err_code = failure.err_code
         self.description = failure.description
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the server has JetStream switched off just now, as while it stops."""
+        return self.err_code in _SWITCHED_OFF
 
 
 class _Answer(msgspec.Struct):

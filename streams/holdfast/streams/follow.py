@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import nats.errors
 
 from holdfast.schemas.errors import ClosedError, GapError, RetryError
+from holdfast.streams.connection import ApiError
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.retry import READ_DEADLINE_S, call_with_retry
 from holdfast.streams.topology import stream_info
@@ -75,7 +76,9 @@ class StreamFollower:
                 continue
             except ClosedError:
                 break
-            except RetryError as error:
+            except (RetryError, ApiError) as error:
+                if isinstance(error, ApiError) and not error.is_passing:
+                    raise
                 logger.debug("cannot follow now", extra={"action": "follow_retry", "error": str(error)})
                 await asyncio.sleep(_AGAIN_S)
                 continue
@@ -115,7 +118,9 @@ class StreamFollower:
             info = await stream_info(self._connection, self._stream)
         except ClosedError:
             return  # the next read says so
-        except (RetryError, GapError, nats.errors.Error):
+        except (RetryError, ApiError, GapError, nats.errors.Error) as error:
+            if isinstance(error, ApiError) and not error.is_passing:
+                raise
             await asyncio.sleep(_AGAIN_S)
             return
         self._reader = StreamReader(

@@ -110,7 +110,7 @@ class StreamReader:
         size = 0
         while self.next_seq <= last and len(messages) < limit and size < max_bytes:
             count = min(limit - len(messages), last - self.next_seq + 1)
-            batch = await call_with_retry(partial(self._pull_or_confirm, count), deadline_s=READ_DEADLINE_S)
+            batch = await call_with_retry(partial(self._pull_or_confirm, count, last), deadline_s=READ_DEADLINE_S)
             if not batch:
                 # Nothing from here to the end: the tail was purged (only an allowed gap can be one).
                 if self._allow_gaps:
@@ -146,15 +146,17 @@ class StreamReader:
                 await subscription.unsubscribe()
             await self._drop_consumer()
 
-    async def _pull_or_confirm(self, count: int) -> list[StoredMessage]:
-        """As :meth:`_pull`, but nothing is returned only when the stream itself says that nothing is there."""
+    async def _pull_or_confirm(self, count: int, last: int) -> list[StoredMessage]:
+        """As :meth:`_pull`, but nothing is returned only when the stream itself says that up to ``last`` nothing is
+        there."""
         messages = await self._pull(count)
         if messages:
             return messages
-        if await next_seq(self._connection, self._stream, self.next_seq, self._filter) == self.next_seq:
+        found = await next_seq(self._connection, self._stream, self.next_seq, self._filter)
+        if found is not None and found <= last:
             # A consumer on a replica that has not caught up yet.
             await self._drop_consumer()
-            raise UnavailableError(f"stream {self._stream} does not deliver sequence {self.next_seq}")
+            raise UnavailableError(f"stream {self._stream} does not deliver sequence {found}")
         return []
 
     async def _pull(self, count: int) -> list[StoredMessage]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from holdfast.schemas import limits
-from holdfast.schemas.errors import HoldfastError, RetryError
+from holdfast.schemas.errors import ConfigurationError, HoldfastError, RetryError
 from holdfast.streams.consumer import Delivery, DurableConsumer
 from holdfast.streams.dead import bury
 from holdfast.streams.decode import decode_event
@@ -72,7 +72,10 @@ class Ingester:
                 deliveries = await self._consumer.fetch()
                 if deliveries:
                     await self._settle(deliveries)
-            except RetryError as error:
+            except ConfigurationError:
+                raise
+            except HoldfastError as error:
+                # Also what the server refuses, such as while it stops or recovers.
                 logger.warning("ingester cannot go on yet", extra={"action": "ingest_retry", "error": str(error)})
                 await self._reopen()
 
@@ -82,7 +85,9 @@ class Ingester:
         await self._consumer.close()
         try:
             await self._consumer.open()
-        except RetryError as error:
+        except ConfigurationError:
+            raise
+        except HoldfastError as error:
             logger.debug("the consumer is not there yet", extra={"action": "ingest_retry", "error": str(error)})
 
     async def close(self) -> None:

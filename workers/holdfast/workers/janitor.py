@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from holdfast.schemas.errors import GapError, HoldfastError, RetryError, UnavailableError
+from holdfast.schemas.errors import ConfigurationError, GapError, HoldfastError, UnavailableError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import derived_event_id
 from holdfast.streams.decode import KeyVersionBody, decode_key_version
@@ -93,7 +93,10 @@ class Janitor:
             except GapError as error:
                 # The stream is gone: when it is there again, it is read from its beginning.
                 logger.warning("janitor has no stream", extra={"action": "janitor_retry", "error": str(error)})
-            except RetryError as error:
+            except ConfigurationError:
+                raise
+            except HoldfastError as error:
+                # Also what the server refuses, such as while it stops or recovers.
                 logger.warning("janitor cannot go on yet", extra={"action": "janitor_retry", "error": str(error)})
             await wait_for_event(self._wake, INTERVAL_S)
 
@@ -198,7 +201,11 @@ class Janitor:
         try:
             await store_with_retry(self._connection, KEYS_STREAM, lambda: self._publish(message))
         except Refused:
-            head = await self._log.head(*parse_key_subject(subject))
+            try:
+                head = await self._log.head(*parse_key_subject(subject))
+            except BaseException:
+                self._remember(subject, version)  # nobody knows: it stays due
+                raise
             if after_seq is None and head.row is not None and head.row.seq == version.seq:
                 if head.last_seq > expected:
                     # What stands behind it is no version: somebody put something of his own on the subject.
@@ -229,7 +236,7 @@ class Janitor:
 
 
 @asynccontextmanager
-async def run_janitor(connection: Connection) -> AsyncGenerator[Janitor]:
+async def run_janitor(connection: Connection, *, drain_timeout_s: float) -> AsyncGenerator[Janitor]:
     """Yields a janitor that answers ``hf.janitor.cleanup``; its loop is the caller's to run."""
     async with AsyncExitStack() as stack:
         janitor = Janitor(connection)
@@ -248,6 +255,7 @@ async def run_janitor(connection: Connection) -> AsyncGenerator[Janitor]:
                 description="Expires Holdfast's named contexts",
                 endpoints={"cleanup": (CLEANUP_SUBJECT, cleanup)},
                 namespace_at=None,
+                drain_timeout_s=drain_timeout_s,
             )
         )
         yield janitor

@@ -21,7 +21,7 @@ from holdfast.client.cold import cold_chunks
 from holdfast.lake.copies import Copies
 from holdfast.lake.index import LakeIndex
 from holdfast.lake.lake import Lake
-from holdfast.schemas.errors import DataDirectoryError
+from holdfast.schemas.errors import ClosedError, DataDirectoryError
 from holdfast.schemas.rows import TABLES
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.hot import HotTier
@@ -45,28 +45,41 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S: Final = 30.0
-"""How long a worker may take to finish what is in hand before it is cancelled."""
-
 _NEEDS_LAKE: Final = frozenset({"archiver", "compactor", "resolver"})
 
 
 class RunningWorkers:
     """The workers of this process.  Made by :func:`run_workers`."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, drain_timeout_s: float) -> None:
         self.connection = connection
+        self._drain_timeout_s = drain_timeout_s
+        self._cut_off = asyncio.Event()
+        connection.on_close.append(self._cut_off.set)
         self._tasks: dict[WorkerName, asyncio.Task[None]] = {}
         self._counters: dict[WorkerName, Callable[[], dict[str, Any]]] = {}
 
     async def wait_failed(self) -> None:
-        """Waits for a worker to fail, and raises what it failed with.  Never returns otherwise."""
-        if not self._tasks:
-            await asyncio.Event().wait()
-        done, _ = await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+        """Waits for a worker to fail, and raises what it failed with.  Never returns otherwise.
+
+        Raises ClosedError when the connection is closed for good: workers could only wait for ever then, and a standby
+        would wait for them.
+        """
+        cut_off = asyncio.ensure_future(self._cut_off.wait())
+        try:
+            await asyncio.wait([cut_off, *self._tasks.values()], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            cut_off.cancel()
+        done = [task for task in self._tasks.values() if task.done()]
+        # The worker that was at work just then may say so first.
+        if self._cut_off.is_set() or any(isinstance(task.exception(), ClosedError) for task in done):
+            raise ClosedError(
+                "the connection to the NATS server was closed for good, and is not made again",
+                hint="see the log for why, and whether the credentials are still good; then start the workers again",
+            )
         for task in done:
             task.result()
-        raise RuntimeError(f"worker {next(iter(done)).get_name()} ended by itself")
+        raise RuntimeError(f"worker {done[0].get_name()} ended by itself")
 
     def counters(self) -> dict[WorkerName, dict[str, Any]]:
         """Returns what each worker has counted since its start."""
@@ -85,11 +98,11 @@ class RunningWorkers:
 
     async def drain(self, name: WorkerName, finish: Callable[[], bool] | None = None) -> None:
         """Ends the loop of a worker: asked to ``finish`` if it can, which that returns, then cancelled after
-        ``DRAIN_S`` seconds; one that has no end of its own is cancelled at once."""
+        ``drain_timeout_s``; one that has no end of its own is cancelled at once."""
         task = self._tasks.pop(name)
         try:
             if finish is not None and not task.done() and finish():
-                await asyncio.wait([task], timeout=DRAIN_S)
+                await asyncio.wait([task], timeout=self._drain_timeout_s)
         finally:
             # Also when the wait is cancelled: what is closed next must not be in use any more.
             task.cancel()
@@ -123,7 +136,7 @@ async def run_workers(
             await call_with_retry(partial(_mark_new_keys, connection, lake, keys), deadline_s=START_S)
         hot = HotTier(connection, replicas=streams[HOT_STREAM].replicas, cold=cold_chunks(connection))
         stack.push_async_callback(hot.close)
-        workers = RunningWorkers(connection)
+        workers = RunningWorkers(connection, settings.drain_timeout_s)
         await stack.enter_async_context(answer_reports(connection, workers.counters))
         for name in WORKERS:
             if name not in names:
@@ -139,7 +152,7 @@ async def run_workers(
                 elif name == "compactor":
                     await _start_compactor(stack, workers, await _own_view(settings), settings)
                 else:
-                    await _start_resolver(stack, workers, hot, await _own_view(settings), index)
+                    await _start_resolver(stack, workers, hot, await _own_view(settings), index, settings)
             logger.info("worker started", extra={"action": "worker_started", "worker": name})
         yield workers
 
@@ -207,7 +220,7 @@ async def _start_ingester(stack: AsyncExitStack, workers: RunningWorkers, hot: H
 
 
 async def _start_janitor(stack: AsyncExitStack, workers: RunningWorkers, settings: WorkerSettings) -> None:
-    janitor = await stack.enter_async_context(run_janitor(workers.connection))
+    janitor = await stack.enter_async_context(run_janitor(workers.connection, drain_timeout_s=settings.drain_timeout_s))
     schedule = BackupSchedule(workers.connection, settings) if settings.backup_directory is not None else None
     copies = None if settings.copy_directory is None else Copies(settings.lake, settings.copy_directory)
     scrubber = Scrubber(workers.connection, settings, copies)
@@ -280,8 +293,15 @@ async def _start_archiver(
 
 
 async def _start_resolver(
-    stack: AsyncExitStack, workers: RunningWorkers, hot: HotTier, lake: Lake, index: LakeIndex
+    stack: AsyncExitStack,
+    workers: RunningWorkers,
+    hot: HotTier,
+    lake: Lake,
+    index: LakeIndex,
+    settings: WorkerSettings,
 ) -> None:
     stack.callback(logger.info, "worker drained", extra={"action": "worker_drained", "worker": "resolver"})
-    counters = await stack.enter_async_context(run_resolver(workers.connection, hot, lake, index))
+    counters = await stack.enter_async_context(
+        run_resolver(workers.connection, hot, lake, index, drain_timeout_s=settings.drain_timeout_s)
+    )
     workers.count("resolver", lambda: {name: msgspec.structs.asdict(count) for name, count in counters.items()})
