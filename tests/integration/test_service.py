@@ -32,9 +32,18 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def serving(connection: Connection, **handlers: Handler) -> AsyncGenerator[dict[str, EndpointCounters]]:
+async def serving(
+    connection: Connection, *, drain_timeout_s: float = LIMIT_S, **handlers: Handler
+) -> AsyncGenerator[dict[str, EndpointCounters]]:
     endpoints = {name: (f"ctx.*.{name}", handler) for name, handler in handlers.items()}
-    async with serve(connection, name="test", version="1.0.0", description="tests", endpoints=endpoints) as counters:
+    async with serve(
+        connection,
+        name="test",
+        version="1.0.0",
+        description="tests",
+        endpoints=endpoints,
+        drain_timeout_s=drain_timeout_s,
+    ) as counters:
         yield counters
 
 
@@ -265,10 +274,7 @@ async def test_leaving_waits_for_the_calls_under_way_and_takes_no_more(
             await ask(client, "ctx.n.slow")
 
 
-async def test_a_call_that_never_ends_is_cancelled_at_the_end(
-    connection: Connection, nats_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service_module, "DRAIN_S", 0.1)
+async def test_a_call_that_never_ends_is_cancelled_at_the_end(connection: Connection, nats_server: str) -> None:
     began, ended = asyncio.Event(), asyncio.Event()
 
     async def endless(call: Call) -> None:
@@ -279,10 +285,20 @@ async def test_a_call_that_never_ends_is_cancelled_at_the_end(
             ended.set()
 
     async with plain_client(nats_server) as client:
-        async with serving(connection, endless=endless):
+        async with serving(connection, drain_timeout_s=0.1, endless=endless):
             await client.publish("ctx.n.endless", b"{}")
             await asyncio.wait_for(began.wait(), LIMIT_S)
         await asyncio.wait_for(ended.wait(), LIMIT_S)
+
+
+async def test_a_service_that_waits_for_nobody_takes_no_request_after_its_end(
+    connection: Connection, nats_server: str
+) -> None:
+    async with plain_client(nats_server) as client:
+        async with serving(connection, drain_timeout_s=0.0, echo=echo):
+            assert (await ask(client, "ctx.n.echo", b"{}")).data == b"{}"
+        with pytest.raises(Exception, match="no responders"):
+            await ask(client, "ctx.n.echo")
 
 
 async def test_an_answer_that_does_not_fit_is_a_typed_error(connection: Connection, nats_server: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from holdfast.ops.settings import LoadedSettings, Settings, describe_settings, load_settings
+from holdfast.ops.system import worker_settings
 from holdfast.schemas.errors import ConfigurationError
+from holdfast.workers.settings import WorkerSettings
 
 
 def load(
@@ -30,6 +33,24 @@ def test_without_any_source_the_defaults_hold(tmp_path: Path) -> None:
     assert loaded.settings.port == 0
     assert loaded.settings.hot_window_s == 86_400
     assert loaded.settings.archive_rows == 50_000
+
+
+def test_every_setting_of_a_worker_reaches_it(tmp_path: Path) -> None:
+    names = {*Settings.__struct_fields__} & {*WorkerSettings.__struct_fields__}
+    changed: dict[str, Any] = {}
+    for name in names:
+        default = getattr(Settings(data="/d"), name)
+        changed[name] = f"/mnt/{name}" if default is None else default + 1
+    told = worker_settings(load(tmp_path, flags=changed).settings, "up")
+    assert len(names) >= 14
+    assert {name: getattr(told, name) for name in names} == {
+        name: Path(value) if isinstance(value, str) else value for name, value in changed.items()
+    }
+
+
+def test_without_any_source_workers_do_as_they_do_elsewhere(tmp_path: Path) -> None:
+    own = WorkerSettings(lake=Path("/d/lake"), index=Path("/d/index/up"))
+    assert worker_settings(load(tmp_path, flags={"data": "/d"}).settings, "up") == own
 
 
 def test_a_flag_beats_the_environment_which_beats_the_file(tmp_path: Path) -> None:

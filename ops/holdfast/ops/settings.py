@@ -27,6 +27,8 @@ DEFAULT_SOURCE: Final = "default"
 
 HOT_WINDOW_S: Final = 86_400.0
 """A day: agents that resume work the next morning still read from memory-mapped blocks, not from the lake."""
+HOT_MESSAGES: Final = 1_000_000
+"""Half a gigabyte of the server's memory, which keeps a name for each."""
 ARCHIVE_INTERVAL_S: Final = 5.0
 """An idle trickle reaches the lake in seconds; below this, commits are many and files tiny."""
 ARCHIVE_ROWS: Final = 50_000
@@ -96,6 +98,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     hot_window_s: Annotated[Seconds, Meta(description="how long archived data stays hot", examples=[86_400])] = (
         HOT_WINDOW_S
     )
+    hot_messages: Annotated[
+        int, Meta(ge=0, description="most contexts, and parts of large ones, that stay hot", examples=[1_000_000])
+    ] = HOT_MESSAGES
     archive_interval_s: Annotated[Period, Meta(description="longest wait for a full batch", examples=[5])] = (
         ARCHIVE_INTERVAL_S
     )

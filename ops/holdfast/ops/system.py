@@ -73,6 +73,7 @@ def worker_settings(settings: Settings, role: str, *, accept_lost_streams: bool 
         lake=data / LAKE_DIRECTORY,
         index=data / INDEX_DIRECTORY / role,
         hot_window_s=settings.hot_window_s,
+        hot_messages=settings.hot_messages,
         archive_interval_s=settings.archive_interval_s,
         archive_rows=settings.archive_rows,
         handler_bytes=settings.handler_bytes,
@@ -83,6 +84,7 @@ def worker_settings(settings: Settings, role: str, *, accept_lost_streams: bool 
         backup_directory=_path(settings.backup_directory),
         backup_interval_s=settings.backup_interval_s,
         backup_retention_s=settings.backup_retention_s,
+        drain_timeout_s=settings.drain_timeout_s,
         replicas=settings.replicas,
         accept_lost_streams=accept_lost_streams,
     )

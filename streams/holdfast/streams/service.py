@@ -44,7 +44,11 @@ _FIELD_CHARS: Final = 100
 """Longest name of an unknown member repeated in an error."""
 
 DRAIN_S: Final = 10.0
-"""How long a stopping service waits for the requests under way."""
+"""How long a stopping service waits for the requests under way, unless told otherwise."""
+
+
+_STOP_S: Final = 2.0
+"""How long taking back the subscriptions may take, at least."""
 
 
 class ErrorBody(msgspec.Struct, omit_defaults=True, frozen=True):
@@ -153,13 +157,14 @@ async def serve(
     endpoints: Mapping[str, tuple[str, Handler]],
     namespace_at: int | None = 1,
     at_hand: Mapping[str, AtHand] | None = None,
+    drain_timeout_s: float = DRAIN_S,
 ) -> AsyncGenerator[dict[str, EndpointCounters]]:
     """Runs a NATS service while the block lasts; yields the counters of its endpoints, by name.
 
     ``endpoints``: name → (subject, handler).  ``namespace_at``: which token of the subject is the namespace; None for
     endpoints that have none.  ``at_hand``: by the name of an endpoint, what answers at once what it can, before its
     handler is asked.  At the end no new request is taken, and those under way are waited for up to
-    ``DRAIN_S`` seconds, then cancelled.
+    ``drain_timeout_s``, then cancelled.
     """
     room = asyncio.Semaphore(MAX_REQUESTS)
     tasks: set[asyncio.Task[None]] = set()
@@ -193,11 +198,12 @@ async def serve(
         yield counters
     finally:
         try:
-            await asyncio.wait_for(service.stop(), DRAIN_S)
+            # Even where nothing is waited for: requests are to go to another one from now on.
+            await asyncio.wait_for(service.stop(), max(drain_timeout_s, _STOP_S))
         except (nats.errors.Error, TimeoutError, OSError):
             logger.debug("stopping a service without a connection", exc_info=True)
         if tasks:
-            await asyncio.wait(tasks, timeout=DRAIN_S)
+            await asyncio.wait(tasks, timeout=drain_timeout_s)
         # Awaited: nothing may still read what the caller closes next.
         left = [task for task in tasks if not task.done()]
         for task in left:

@@ -180,7 +180,7 @@ class Resolver:
 
 @asynccontextmanager
 async def run_resolver(
-    connection: Connection, hot: HotTier, lake: Lake, index: LakeIndex
+    connection: Connection, hot: HotTier, lake: Lake, index: LakeIndex, *, drain_timeout_s: float
 ) -> AsyncGenerator[dict[str, EndpointCounters]]:
     """Answers requests while the block lasts; yields the counters of the endpoints.
 
@@ -230,6 +230,7 @@ async def run_resolver(
                 | snapshots.endpoints()
                 | WarmEndpoints(lake, index, sql).endpoints(),
                 at_hand=resolver.contexts.at_hand(),
+                drain_timeout_s=drain_timeout_s,
             )
         )
         yield counters

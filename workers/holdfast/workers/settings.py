@@ -31,8 +31,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Messages older than this, and archived, leave the hot tier and the event log."""
 
     hot_messages: int = 1_000_000
-    """Most messages kept in the hot tier, the oldest archived ones leave first: a live subject costs ~270 B of server
-    memory."""
+    """Most messages kept in the hot tier, the oldest archived ones leave first: a live subject costs some 600 B of
+    server memory."""
 
     archive_interval_s: float = 5.0
     """How long an acknowledged message waits at most before it is archived."""
@@ -52,6 +52,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     handler_bytes: int = 1024**3
     """Most bytes of the event log kept beyond their time for handlers, and ingesters, that have not come to them: a
     day or so of a busy system.  A handler left behind further reads what it missed from the lake."""
+
+    drain_timeout_s: float = 10.0
+    """How long a worker that stops may take to finish what is in hand, and to answer who has asked, before that is
+    cancelled; nothing is lost then, only done again."""
 
     replicas: int = 1
     """Copies of each stream, each on another node of a cluster.  Streams that have fewer get the rest; none is taken
