@@ -95,7 +95,7 @@ def test_the_last_share_to_close_closes_the_connection(nats_server: str, namespa
     first.close()
     first.close()
     assert second.call(lambda hf: hf.put("still open")).startswith("ctx_")
-    with pytest.raises(UnavailableError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         first.call(itself)
     second.close()
     assert client.connection.client.is_closed
@@ -210,7 +210,7 @@ async def test_closing_the_loop_tells_those_who_wait(monkeypatch: pytest.MonkeyP
     for task in (blocked, awaiting):
         with pytest.raises(UnknownOutcomeError, match="closed before"):
             await task
-    with pytest.raises(UnavailableError, match="is closed"):
+    with pytest.raises(ClosedError, match="is closed"):
         loop.call(wait_for_ever())
 
 

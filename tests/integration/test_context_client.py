@@ -22,6 +22,7 @@ from holdfast.client.context_client import DEFAULT_TTL_S
 from holdfast.client.context_functions import getContext, storeContext, updateContext
 from holdfast.client.key_ring import KeyRing
 from holdfast.schemas.errors import (
+    ClosedError,
     EncryptionKeyError,
     HoldfastError,
     InvalidBodyError,
@@ -94,7 +95,7 @@ async def test_E45_E46_E47_stores_and_gets_as_the_guide_shows(nats_server: str, 
     assert 3590 < seconds_to_live(context) <= 3601
     await client.close()
     await client.close()
-    with pytest.raises(UnavailableError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         await client.get("my-context")
 
 

@@ -14,6 +14,7 @@ import pytest
 from holdfast.client import Event, Holdfast
 from holdfast.client.handler_policy import consumer_name
 from holdfast.schemas.errors import (
+    ClosedError,
     HandlerError,
     HoldfastError,
     InvalidFieldError,
@@ -31,6 +32,7 @@ from tests.support import LIMIT_S, plain_client
 
 if TYPE_CHECKING:
     from holdfast.client.handlers import Handlers
+    from holdfast.schemas.rows import EventRow
 
 
 async def test_B82_B83_B84_a_result_goes_to_the_client_that_asked_and_to_the_originator(
@@ -111,6 +113,51 @@ async def test_a_request_without_an_answer_says_what_to_do(hf: Holdfast, handler
     assert row.id in str(caught.value)
     with pytest.raises(InvalidFieldError):
         await handlers.request("ask", client="mine")
+
+
+async def test_a_request_whose_client_closes_says_which_event_is_stored(
+    hf: Holdfast, nats_server: str, namespace: str
+) -> None:
+    async with other(nats_server, namespace) as (_, asking):
+        request = asyncio.create_task(asking.request("ask", timeout_s=LIMIT_S))
+        rows: list[EventRow] = []
+        while not rows:
+            rows = await named(hf.connection, namespace, "ask")
+        await asking.close(0.0)
+        with pytest.raises(ClosedError) as caught:
+            await request
+    assert rows[0].id in caught.value.message
+
+
+async def test_a_handler_that_waits_for_a_result_gets_it_while_its_client_closes(
+    hf: Holdfast, handlers: Handlers, nats_server: str, namespace: str
+) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @handlers.on("inner")
+    async def inner(event: Event) -> str:
+        begun.set()
+        await go_on.wait()
+        return "waited for"
+
+    await handlers.ready()
+    async with other(nats_server, namespace) as (there, theirs):
+
+        @theirs.on("outer", max_deliver=1)
+        async def outer(event: Event) -> Any:
+            return (await there.request("inner", timeout_s=LIMIT_S)).data
+
+        await theirs.ready()
+        await hf.emit("outer")
+        await asyncio.wait_for(begun.wait(), LIMIT_S)
+        closing = asyncio.create_task(theirs.close(LIMIT_S))
+        await asyncio.sleep(0)
+        go_on.set()
+        await closing
+        with pytest.raises(ClosedError, match="nothing was emitted"):
+            await theirs.request("inner", timeout_s=LIMIT_S)
+    [result] = await named(hf.connection, namespace, "outer:result")
+    assert result.data == b'"waited for"'
 
 
 async def test_what_comes_on_the_reply_subject_is_an_answer_only_to_its_question(

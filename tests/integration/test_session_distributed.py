@@ -8,18 +8,20 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 
 from holdfast.client import ContextManager, SessionSettings, connect
-from holdfast.client.background import CLOSE_S, close_background_loop
+from holdfast.client.background import CLOSE_S, ClientShare, close_background_loop
 from holdfast.client.session_manager import session_key
+from holdfast.client.watch import KeyWatch
 from holdfast.schemas.errors import (
     ConfigurationError,
     InvalidBodyError,
@@ -288,6 +290,43 @@ async def test_D01_D22_nothing_is_lost_and_no_event_missed_when_the_server_is_ki
         events = await asyncio.to_thread(recorder.wait, 21)
         assert [(event.data or {})["n"] for event in events] == list(range(21))
         assert without_stamp(await sessions.async_get_context("s")) == {"n": 20, "before": "the crash"}
+
+
+async def test_D22_a_listener_hears_on_after_its_connection_was_closed_for_good(
+    nats_server: str, namespace: str
+) -> None:
+    """As over credentials that are good no longer, and have been mended since."""
+    async with ContextManager(url=nats_server, namespace=namespace) as sessions:
+        recorder = Recorder()
+        await sessions.async_register_listener(recorder)
+        share = ClientShare(nats_server, namespace, "agent")
+        await sessions.async_set_context("s", "n", 1)
+        await asyncio.to_thread(recorder.wait, 1)
+        await share.run(lambda hf: hf.connection.client.close())
+        await share.aclose()
+        await sessions.async_set_context("s", "n", 2)
+        events = await asyncio.to_thread(recorder.wait, 2)
+        assert [(event.data or {})["n"] for event in events] == [1, 2]
+
+
+async def test_D22_a_listener_that_is_interrupted_before_its_first_event_misses_none(
+    nats_server: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, stored = KeyWatch.__anext__, threading.Event()
+
+    async def interrupted(watch: KeyWatch) -> Any:
+        await asyncio.to_thread(stored.wait, LIMIT_S)
+        monkeypatch.setattr(KeyWatch, "__anext__", step)
+        raise RuntimeError("interrupted")
+
+    async with ContextManager(url=nats_server, namespace=namespace) as sessions:
+        recorder = Recorder()
+        monkeypatch.setattr(KeyWatch, "__anext__", interrupted)
+        await sessions.async_register_listener(recorder)
+        await sessions.async_set_context("s", "n", 1)
+        stored.set()
+        events = await asyncio.to_thread(recorder.wait, 1)
+        assert [(event.type, (event.data or {})["n"]) for event in events] == [("created", 1)]
 
 
 async def test_a_lost_body_is_an_error_and_no_empty_session(hf: Holdfast, nats_server: str, namespace: str) -> None:

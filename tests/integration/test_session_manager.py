@@ -13,11 +13,11 @@ import pytest
 
 from holdfast.client import ContextManager, SessionSettings
 from holdfast.schemas.errors import (
+    ClosedError,
     ConfigurationError,
     InvalidBodyError,
     InvalidFieldError,
     InvalidNameError,
-    UnavailableError,
 )
 from tests.session_support import Recorder, end_of_threads, eventually, without_stamp
 from tests.support import LIMIT_S
@@ -246,7 +246,7 @@ async def test_D20_D21_every_operation_has_an_asynchronous_twin(make: Make) -> N
         assert [event.type for event in recorder.events] == ["created", "updated", "updated", "deleted"]
         with pytest.raises(InvalidNameError):
             await sessions.async_get_context("")
-    with pytest.raises(UnavailableError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         await sessions.async_get_context("s")
 
 
@@ -441,7 +441,7 @@ def test_a_closed_manager_says_so(sessions: ContextManager) -> None:
         lambda: sessions.create_session("s"),
         lambda: sessions.register_listener(recorder),
     ):
-        with pytest.raises(UnavailableError, match="closed"):
+        with pytest.raises(ClosedError, match="closed"):
             call()
 
 

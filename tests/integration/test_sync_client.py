@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, assert_type
 import pytest
 
 from holdfast.client import ConfigurationError, Context, Event, Holdfast, NotFoundError, Ref, UnavailableError
-from holdfast.client.background import close_background_loop
+from holdfast.client.background import ClientShare, close_background_loop
 from holdfast.client.key_model import KeyValue, KeyVersion
 from holdfast.client.keys import Keys
 from holdfast.client.sync import SyncHoldfast, SyncKeys, connect
-from holdfast.schemas.errors import VersionConflictError
+from holdfast.schemas.errors import ClosedError, VersionConflictError
 from tests.running import running, settings_in
 from tests.support import LIMIT_S
 
@@ -122,6 +122,17 @@ def test_a_watch_blocks_for_the_next_change_and_ends_when_it_is_closed(blocking:
     changes.close()
 
 
+def test_a_watch_whose_connection_is_closed_for_good_ends(nats_server: str, namespace: str) -> None:
+    with connect(nats_server, namespace) as blocking, blocking.keys.watch("k") as changes:
+        share = ClientShare(nats_server, namespace, blocking.agent)
+        with ThreadPoolExecutor(1) as thread:
+            rest = thread.submit(list, changes)
+            share.call(lambda hf: hf.connection.client.close())
+            assert rest.result(LIMIT_S) == []
+        assert changes.next(LIMIT_S) is None
+        share.close()
+
+
 def test_a_change_that_came_after_one_gave_up_waiting_is_not_lost(blocking: SyncHoldfast) -> None:
     with blocking.keys.watch("k") as changes:
         for n in range(1, 30):
@@ -166,5 +177,5 @@ def test_connecting_fails_at_once_and_a_closed_client_says_so(
     client = connect(nats_server)
     client.close()
     client.close()
-    with pytest.raises(UnavailableError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         client.put(1)

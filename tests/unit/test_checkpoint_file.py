@@ -226,6 +226,16 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path / "none" / "one", HEADER)
 
 
+def test_a_place_that_is_a_directory_is_told_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    writer = CheckpointWriter(tmp_path / "one", HEADER)
+    writer.write(ITEMS)
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        writer.finish()
+    writer.abort()
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
 def test_an_abandoned_file_leaves_nothing(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path / "one", HEADER)
     writer.write(ITEMS)

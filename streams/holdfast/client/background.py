@@ -24,7 +24,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from holdfast.client.store import Holdfast, connect
-from holdfast.schemas.errors import InputError, UnavailableError, UnknownOutcomeError
+from holdfast.schemas.errors import ClosedError, InputError, UnavailableError, UnknownOutcomeError
 from holdfast.schemas.names import check_agent, check_namespace
 from holdfast.streams.connection_target import ConnectionTarget
 from holdfast.streams.discovery import require_connection
@@ -105,8 +105,8 @@ class BackgroundLoop:
         """Runs a coroutine on the loop, blocks until it has ended, and returns its result or raises its error.
 
         From any thread but the loop's own, where it would wait for itself: there it raises InputError.  An interrupt
-        of the waiting thread (KeyboardInterrupt) cancels the coroutine.  Raises UnavailableError when the loop is
-        closed already, UnknownOutcomeError when it closed meanwhile.
+        of the waiting thread (KeyboardInterrupt) cancels the coroutine.  Raises ClosedError when the loop is closed
+        already, UnknownOutcomeError when it closed meanwhile.
         """
         if threading.get_ident() == self._thread.ident:
             coroutine.close()
@@ -142,8 +142,8 @@ class BackgroundLoop:
     def submit(self, coroutine: Coroutine[Any, Any, T], *, is_service: bool = False) -> concurrent.futures.Future[T]:
         """Starts a coroutine on the loop and returns the future of its end; cancelling the future cancels it.
 
-        ``is_service``: it runs until it is cancelled, so that closing does not wait for it.  Raises UnavailableError
-        when the loop is closed.
+        ``is_service``: it runs until it is cancelled, so that closing does not wait for it.  Raises ClosedError when
+        the loop is closed.
         """
         if self._pid != os.getpid():  # before the lock, which may have been held when the process forked
             coroutine.close()
@@ -151,7 +151,7 @@ class BackgroundLoop:
         with self._lock:  # what is submitted before the loop closes is seen by the closing
             if self._is_closed:
                 coroutine.close()
-                raise UnavailableError("the background loop is closed", hint="make the call on a new client")
+                raise ClosedError("the background loop is closed", hint="make the call on a new client")
             return asyncio.run_coroutine_threadsafe(self._tracked(coroutine, is_service), self._loop)
 
     def close(self) -> None:
@@ -265,6 +265,10 @@ class ClientShare:
         loop = self._open()
         return await loop.run(self._use(loop, use))
 
+    async def client(self) -> Holdfast:
+        """Returns the client itself: another one once its connection is closed for good.  On the loop alone."""
+        return await background_loop().client_for(self)
+
     def start(self, use: Callable[[Holdfast], Awaitable[T]]) -> concurrent.futures.Future[T]:
         """Starts ``use(client)`` as a service, which runs until its future is cancelled or the loop closes."""
         loop = self._open()
@@ -360,8 +364,8 @@ def _closed_meanwhile() -> UnknownOutcomeError:
     )
 
 
-def _share_closed() -> UnavailableError:
-    return UnavailableError("this client is closed", hint="make a new one")
+def _share_closed() -> ClosedError:
+    return ClosedError("this client is closed", hint="make a new one")
 
 
 __all__ = ["BackgroundLoop", "ClientShare", "background_loop", "close_background_loop"]

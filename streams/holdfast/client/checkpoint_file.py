@@ -205,6 +205,7 @@ class CheckpointWriter:
             self._partial.replace(self._path)
             sync_directory(self._path.parent)
         except OSError as error:
+            self._partial.unlink(missing_ok=True)
             raise unwritable(self._path, error) from error
         return CheckpointInfo(header=self._header, summary=summary, digest=digest, size=size)
 

@@ -45,10 +45,10 @@ from holdfast.client.context_options import (
 from holdfast.client.key_ring import encryption_by_default
 from holdfast.schemas.bodies import encode_json
 from holdfast.schemas.errors import (
+    ClosedError,
     InvalidBodyError,
     InvalidFieldError,
     NotFoundError,
-    UnavailableError,
     VersionConflictError,
 )
 from holdfast.schemas.ids import iso_from_ms, ms_from_utc
@@ -117,7 +117,7 @@ class ContextClient:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it has been closed: every further call raises UnavailableError."""
+        """Whether it has been closed: every further call raises ClosedError."""
         return self._is_closed
 
     async def initialize(self) -> ContextClient:
@@ -378,7 +378,7 @@ class ContextClient:
 
     async def _open(self) -> Holdfast:
         if self._is_closed:
-            raise UnavailableError("this context client is closed", hint="make a new one")
+            raise ClosedError("this context client is closed", hint="make a new one")
         if self._client is not None:
             return self._client
         if self._connection is None or self._connection.has_failed:

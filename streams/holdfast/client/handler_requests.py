@@ -16,7 +16,7 @@ import msgspec
 from holdfast.client.cold import ResolverClient
 from holdfast.client.handler_policy import ERROR, RESULT, error_of_data
 from holdfast.client.model import Event
-from holdfast.schemas.errors import InvalidFieldError, RetryError, UnavailableError
+from holdfast.schemas.errors import ClosedError, InvalidFieldError, RetryError, UnavailableError
 from holdfast.schemas.undecodable import UNDECODABLE
 from holdfast.streams.notices import listen
 from holdfast.streams.wire import reply_subject
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from holdfast.client.store import Holdfast
+    from holdfast.streams.connection import Msg
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Requests:
         self._opening = asyncio.Lock()
         self._waiting: dict[str, asyncio.Future[Event]] = {}
         self._asking = 0
+        self._is_closed = False
         self._early: dict[str, Event] = {}
 
     async def request(self, name: str, data: Any, *, timeout_s: float, options: dict[str, Any]) -> Event:
@@ -57,6 +59,8 @@ class Requests:
             raise InvalidFieldError(
                 "a request names its own client", field="client", hint="use emit, and wait for the result yourself"
             )
+        if self._is_closed:
+            raise ClosedError("the client is closed, and nothing was emitted", hint="make the request on a new client")
         await self._listen(timeout_s)
         named: dict[str, Any] = {"originator": self._hf.agent, **options, "client": self._client_id}
         future: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
@@ -68,6 +72,8 @@ class Requests:
             self._asking -= 1
             if not self._asking:
                 self._early.clear()
+        if self._is_closed:
+            raise _closed_meanwhile(asked.event_id)
         self._waiting[asked.event_id] = future
         if early is not None:
             self._arrived(early)
@@ -107,17 +113,18 @@ class Requests:
             ) from error
 
     async def close(self) -> None:
-        """Ends the subscription, and what still waits."""
+        """Ends the subscription, and what still waits, with ClosedError."""
+        self._is_closed = True
         stop, self._stop = self._stop, None
-        for future in self._waiting.values():
+        for asked, future in self._waiting.items():
             if not future.done():
-                future.set_exception(UnavailableError("the client is closing"))
+                future.set_exception(_closed_meanwhile(asked))
         if stop is not None:
             await stop()
 
-    def _receive(self, payload: bytes) -> None:
+    async def _receive(self, message: Msg) -> None:
         try:
-            self._arrived(_EVENT.decode(payload))
+            self._arrived(_EVENT.decode(message.data))
         except UNDECODABLE:
             logger.debug("a reply that is no event", extra={"action": "reply_ignored"})
 
@@ -153,3 +160,10 @@ class Requests:
                     return
             pause_s = min(2 * pause_s, _LOOK_S)
             await asyncio.wait([future], timeout=pause_s)
+
+
+def _closed_meanwhile(asked: str) -> ClosedError:
+    return ClosedError(
+        f"the client was closed before a result of event {asked} came",
+        hint="the event is stored and will be worked on: query events with this parent on a new client",
+    )

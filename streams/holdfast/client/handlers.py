@@ -32,7 +32,7 @@ from holdfast.client.handler_policy import (
 from holdfast.client.handler_requests import Requests
 from holdfast.client.handler_runner import HandlerRunner
 from holdfast.client.handler_writes import GroupedWrites
-from holdfast.schemas.errors import InvalidNameError, UnavailableError
+from holdfast.schemas.errors import ClosedError, InvalidNameError
 from holdfast.streams.consumer import ACK_WAIT_S, Start, delete_consumer
 from holdfast.streams.wire import EVENTS_STREAM
 
@@ -137,7 +137,8 @@ class Handlers:
     async def ready(self) -> None:
         """Returns when every handler registered so far is handed what is emitted from now on.
 
-        Raises what kept one from that, GapError when one has missed events that cannot be taken up now.
+        Raises what kept one from that, GapError when one has missed events that cannot be taken up now, ClosedError
+        when the client was closed meanwhile.
         """
         for opened in list(self._opened.values()):
             # Shielded: who gives up waiting does not take it from the others.
@@ -166,7 +167,8 @@ class Handlers:
         """Emits an event and returns the result of the first handler that has one: the event ``<name>:result``.
 
         ``options`` are those of ``emit``; the originator is this client's agent unless given.  Raises HandlerError
-        when a handler gave the event up first, UnavailableError when nothing came in time.
+        when a handler gave the event up first, UnavailableError when nothing came in time, ClosedError when the client
+        was closed meanwhile: then, too, the event is stored, and its result may still come.
         """
         return await self._requests.request(name, data, timeout_s=timeout_s, options={**options, "lineage": lineage})
 
@@ -183,17 +185,20 @@ class Handlers:
 
     async def close(self, timeout_s: float = CLOSE_S) -> None:
         """Takes no more events and waits for running handlers; after ``timeout_s`` the rest goes to others at once."""
-        await self._requests.close()
         runners = list(self._runners.values())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(runner.stop_taking() for runner in runners))
         await asyncio.gather(*(runner.finish(timeout_s) for runner in runners))
+        # After the handlers, which may wait for results themselves.
+        await self._requests.close()
         await self._writes.close()
-        for opened in self._opened.values():
+        for name, opened in self._opened.items():
             if not opened.done():
-                opened.set_exception(UnavailableError("the client is closing"))
+                opened.set_exception(
+                    ClosedError(f"the client was closed before handler {name!r} was ready", hint="make a new client")
+                )
                 opened.exception()  # nobody may be waiting: mark as retrieved
 
     def _register(self, options: HandlerOptions, function: Callable[..., Any]) -> None:

@@ -20,7 +20,7 @@ from holdfast.client.session_model import (
     stamped,
 )
 from holdfast.schemas.bodies import decode_body, encode_body
-from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas.errors import ClosedError
 from holdfast.schemas.refs import JSON
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class MemorySessions:
 
     def _open(self) -> None:
         if self._closing.is_set():
-            raise UnavailableError("this session manager is closed", hint="make a new one")
+            raise ClosedError("this session manager is closed", hint="make a new one")
         settings = self._settings
         if self._collector is None and settings.garbage_collection and settings.time_based_expiration:
             # Begun with the first use, not before: a manager that is only constructed costs no thread.

@@ -212,7 +212,11 @@ class KeySessions:
         pause_s = _PAUSE_S
         while True:
             try:
+                if hf.connection.client.is_closed:
+                    hf = await self._share.client()  # for good, over credentials for instance: another one takes over
                 async with hf.keys.watch(SESSION_PREFIX, after=position) as changes:
+                    # From here on nothing is to be missed, also when the first change finds this interrupted.
+                    position = position or changes.start
                     if not started.done():
                         started.set_result(None)
                     async for version in changes:

@@ -27,7 +27,7 @@ from holdfast.client.conversations import Conversation, ConversationTracker, Mes
 from holdfast.client.keys import Keys
 from holdfast.client.receipts import begin_work
 from holdfast.client.store import Holdfast
-from holdfast.schemas.errors import UnavailableError
+from holdfast.schemas.errors import ClosedError
 from holdfast.schemas.limits import QUERY_LIMIT_DEFAULT
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class _Blocking(Generic[A_co]):
             try:
                 # Not waited for: this may run as a finalizer, on any thread.
                 self._share.start(partial(_close, iterator))
-            except UnavailableError:
+            except ClosedError:
                 pass  # the client is closed, and this with it
 
 
@@ -183,7 +183,11 @@ class SyncKeyWatch:
         if not pending.done() or pending.cancelled():
             return None
         self._pending = None
-        return pending.result()
+        try:
+            return pending.result()
+        except StopAsyncIteration:  # the client was closed, or its connection
+            self._is_closed = True
+            return None
 
     async def _end(self) -> None:
         self._is_closed = True

@@ -63,6 +63,8 @@ class KeyWatch:
         self._before: AsyncIterator[KeyVersion] | None = None
         self._given: KeyVersion | None = None
         self._is_closed = False
+        self.start: str | None = None
+        """The position that the watch has begun behind; known once it is entered."""
 
     async def __aenter__(self) -> Self:
         await self._start()
@@ -131,6 +133,7 @@ class KeyWatch:
                 raise
             # Read after the place to go on from was taken: what changes in between comes twice, not never.
             self._follower = follower
+            self.start = f"{info.epoch}:{next_seq - 1}"
             self._before = self._earlier_versions()
         return self._follower
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import nats.errors
 
 from holdfast.streams.arrivals import next_of
+from holdfast.streams.notices import listen
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -30,7 +31,10 @@ MOST: Final = 1_000
 async def answer_each(
     connection: Connection, subject: str, answer: Callable[[], Awaitable[bytes]]
 ) -> AsyncGenerator[None]:
-    """Answers every question on a subject with what ``answer`` returns, while the block lasts."""
+    """Answers every question on a subject with what ``answer`` returns, while the block lasts.
+
+    Raises as :func:`holdfast.streams.notices.listen` does, before the block.
+    """
 
     async def receive(message: Msg) -> None:
         if not message.reply:
@@ -40,16 +44,11 @@ async def answer_each(
         except (nats.errors.Error, OSError):
             logger.debug("a question was not answered", exc_info=True, extra={"action": "unanswered"})
 
-    subscription = await connection.client.subscribe(subject, cb=receive)
-    await connection.client.flush()
+    stop = await listen(connection, subject, receive)
     try:
         yield
     finally:
-        try:
-            if not connection.client.is_closed:
-                await subscription.unsubscribe()
-        except (nats.errors.Error, OSError):
-            logger.debug("unsubscribing without a connection", exc_info=True)
+        await stop()
 
 
 async def ask_each(
