@@ -25,7 +25,7 @@ from holdfast.streams.stream_images import image_names
 from holdfast.streams.topology import stream_info
 from holdfast.workers.backup.listing import backup_age_s, list_backups
 from holdfast.workers.backup.making import make_backup
-from holdfast.workers.backup.manifest import choose, read_manifest
+from holdfast.workers.backup.manifest import choose, plan_retention, read_manifest, read_manifests
 from holdfast.workers.backup.schedule import BackupSchedule
 from holdfast.workers.control import evict, flush
 from tests.command_line import CommandLine
@@ -239,6 +239,28 @@ async def test_E78_backups_are_made_every_six_hours_and_kept_for_thirty_days(sou
         "the newest complete backup is 2160.0 h old, one is due every 6.0 h",
     ]
     assert backup_age_s(backups, now) == 90 * 86_400
+
+
+async def test_a_backup_made_under_a_clock_that_was_ahead_does_not_end_backups(source: Source, tmp_path: Path) -> None:
+    backups = tmp_path / "backups"
+    now = 1_800_000_000_000
+    settings = settings_in(source.folder, backup_directory=backups)
+    schedule = BackupSchedule(source.connection, settings, clock_ms=lambda: now)
+    now += 365 * DAY_MS
+    ahead = await schedule.round()
+    assert ahead is not None
+    now -= 365 * DAY_MS
+    made = await schedule.round()
+    assert made is not None
+    assert schedule.status().age_s == 0
+    now += 6 * HOUR_MS - 1
+    assert await schedule.round() is None
+    now += 1 + 40 * DAY_MS
+    manifests, _ = read_manifests(backups)
+    assert {manifest.id for manifest in manifests} == {ahead.id, made.id}
+    # The newest that is believed is kept, whatever its age.
+    assert plan_retention(manifests, now_ms=now, retention_s=30 * 86_400) == []
+    assert backup_age_s(backups, now) == 40 * 86_400 + 6 * 3_600
 
 
 async def test_a_directory_of_something_else_is_never_taken_for_backups(source: Source, tmp_path: Path) -> None:

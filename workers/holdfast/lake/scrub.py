@@ -61,8 +61,12 @@ class Scrub:
             logger.warning("scrub could not keep its place", extra={"action": "scrub_failed", "error": str(error)})
 
     def is_due(self, at_ms: int, interval_s: float) -> bool:
-        """Whether a pass is under way, or the last one began so long ago that the next is due."""
-        return self._state.after is not None or at_ms >= self._state.started_ms + interval_s * 1000
+        """Whether a pass is under way, or the last one began so long ago that the next is due.
+
+        Or in a time to come: the clock was ahead then.
+        """
+        started_ms = self._state.started_ms
+        return self._state.after is not None or not started_ms <= at_ms < started_ms + interval_s * 1000
 
     def step(self, most_bytes: int, *, at_ms: int) -> int:
         """Compares the next files, up to about ``most_bytes``, beginning a pass if none is under way; returns how many.

@@ -50,20 +50,23 @@ def list_backups(directory: Path, *, verify: bool = False) -> list[BackupListing
     return found
 
 
-def newest_backup_ms(directory: Path) -> int | None:
-    """Returns when the newest complete backup began, or None when there is none."""
+def newest_backup_ms(directory: Path, now_ms: int) -> int | None:
+    """Returns when the newest complete backup began, or None when there is none.
+
+    One of a time to come was made under a clock that went wrong: nobody knows what it holds.
+    """
     try:
         Pool(directory)
     except DataDirectoryError:
         return None
     manifests, _ = read_manifests(directory)
-    return manifests[-1].began_ms if manifests else None
+    return max((manifest.began_ms for manifest in manifests if manifest.began_ms <= now_ms), default=None)
 
 
 def backup_age_s(directory: Path, now_ms: int) -> float | None:
     """Returns how old the newest complete backup is: everything acknowledged before then is in it."""
-    began_ms = newest_backup_ms(directory)
-    return None if began_ms is None else max(0.0, (now_ms - began_ms) / 1000)
+    began_ms = newest_backup_ms(directory, now_ms)
+    return None if began_ms is None else (now_ms - began_ms) / 1000
 
 
 def late_backup(age_s: float | None, *, running_s: float, interval_s: float, directory: str) -> Problem | None:

@@ -209,8 +209,12 @@ def unsound_objects(pool: Pool, manifest: Manifest, known: dict[str, bool] | Non
 
 
 def plan_retention(manifests: Sequence[Manifest], *, now_ms: int, retention_s: float) -> list[Manifest]:
-    """Returns the backups that are older than the retention; the newest of all is never among them."""
-    newest = max(manifests, key=lambda manifest: (manifest.began_ms, manifest.id), default=None)
+    """Returns the backups that are older than the retention; the newest is never among them.
+
+    One of a time to come is not taken for it: it was made under a clock that went wrong.
+    """
+    believed = [manifest for manifest in manifests if manifest.began_ms <= now_ms]
+    newest = max(believed, key=lambda manifest: (manifest.began_ms, manifest.id), default=None)
     oldest_ms = now_ms - retention_s * 1000
     return [manifest for manifest in manifests if manifest is not newest and manifest.began_ms < oldest_ms]
 

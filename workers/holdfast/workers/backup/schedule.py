@@ -72,7 +72,7 @@ class BackupSchedule:
         """Makes a backup if one is due, and returns what it says; None when none is due, or it failed."""
         try:
             # Before the directory is made: a disk that is not mounted yet has no backups.
-            self._newest_ms = await asyncio.to_thread(newest_backup_ms, self._directory)
+            self._newest_ms = await asyncio.to_thread(newest_backup_ms, self._directory, self._clock_ms())
             if not self._is_due():
                 return None
             report = await make_backup(
@@ -83,7 +83,7 @@ class BackupSchedule:
                 copies=self._settings.copy_directory,
                 clock_ms=self._clock_ms,
             )
-            self._newest_ms = await asyncio.to_thread(newest_backup_ms, self._directory)
+            self._newest_ms = await asyncio.to_thread(newest_backup_ms, self._directory, self._clock_ms())
         except (HoldfastError, OSError) as error:
             self._note(error)
             return None
