@@ -19,7 +19,7 @@ import msgspec
 ROOT: Final = Path(__file__).resolve().parents[1]
 ROWS: Final = ROOT / "tests" / "acceptance_rows.toml"
 PAGE: Final = ROOT / "docs" / "acceptance.md"
-NOT_YET: Final = "not yet"
+NOT_YET: Final = "no test yet"
 
 _ID: Final = re.compile(r"[A-E]\d{2,3}")
 _NUMBER: Final = re.compile(r"([A-E])(\d+)")
@@ -28,7 +28,7 @@ _HEAD: Final = """\
 # What Holdfast does, and the test that shows it
 
 Each row is something that users of earlier context stores could do, or were promised. A test carries the ids of the
-rows that it shows in its name. This page is written by `python -m tests.acceptance`; a test fails when it is out of
+rows that it shows in its name; a row without one may be there all the same. This page is written by `python -m tests.acceptance`; a test fails when it is out of
 date.
 """
 
@@ -126,7 +126,7 @@ def _never_runs(decorator: ast.expr) -> bool:
 
 
 def write_page(accepted: AcceptanceList, shown: dict[str, list[ShownBy]]) -> str:
-    """Returns the page: a table a section, in which every row has its tests or ``not yet``."""
+    """Returns the page: a table a section, in which every row has its tests or ``no test yet``."""
     rows = accepted.all_rows()
     done = sum(1 for row in rows if row.id in shown)
     lines = [_HEAD, f"{done} of {len(rows)} rows have a test.", ""]

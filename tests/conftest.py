@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ import pytest_asyncio
 from hypothesis import HealthCheck, settings
 
 from holdfast.client import Holdfast, connect
+from holdfast.lake import Lake
+from holdfast.lake.index import LakeIndex
 from holdfast.schemas import failpoints
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.topology import ensure_topology
@@ -49,6 +51,19 @@ async def nats_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerato
         yield server.url
     finally:
         await server.stop()
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    """An empty lake."""
+    return Lake.open(tmp_path / "lake", create=True)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[LakeIndex]:
+    """An index that has taken in nothing yet."""
+    with LakeIndex.open(tmp_path / "index") as opened:
+        yield opened
 
 
 @pytest.fixture

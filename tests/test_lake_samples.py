@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -20,6 +20,11 @@ from holdfast.schemas.rows import (
     Table,
     TailSnapshot,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from holdfast.lake import Lake
 
 T0_MS = 1_769_850_000_000  # 2026-01-31 09:00 UTC
 EPOCH = "epoch-1"
@@ -126,6 +131,18 @@ def key_version(seq: int, **changes: Any) -> KeyVersionRow:
 
 def key_versions(first: int, last: int, **changes: Any) -> list[KeyVersionRow]:
     return [key_version(seq, **changes) for seq in range(first, last + 1)]
+
+
+TEN_ROWS: dict[Table, list[Row]] = {
+    "contexts": [*contexts(1, 10)],
+    "events": [*events(1, 10)],
+    "key_versions": [*key_versions(1, 10)],
+}
+
+
+def archive(lake: Lake, table: Table, rows: Sequence[Row]) -> None:
+    """Appends rows of one stream as the archiver does."""
+    lake.append(table, rows, epoch=rows[0].epoch, first_seq=rows[0].seq, last_seq=rows[-1].seq)
 
 
 class MemoryStream:

@@ -24,26 +24,20 @@ from holdfast.workers.archived_rows import ArchivedRows
 from holdfast.workers.control import flush
 from tests.running import own_server, running, settings_in
 from tests.support import plain_client
-from tests.test_lake_samples import EPOCH, context, contexts, event, events, key_versions, touch
+from tests.test_lake_samples import EPOCH, TEN_ROWS, archive, context, event, events, touch
 
 if TYPE_CHECKING:
     from holdfast.schemas.rows import Row, Table
 
-ROWS: dict[Table, list[Row]] = {
-    "contexts": [*contexts(1, 10)],
-    "events": [*events(1, 10)],
-    "key_versions": [*key_versions(1, 10)],
-}
 MIDNIGHT_MS = 1_769_904_000_000
 
 
 @pytest.fixture
-def lake(tmp_path: Path) -> Lake:
+def lake(lake: Lake) -> Lake:
     """Ten rows in each table."""
-    made = Lake.open(tmp_path / "lake", create=True)
-    for table, rows in ROWS.items():
-        made.append(table, rows, epoch=EPOCH, first_seq=1, last_seq=10)
-    return made
+    for table, rows in TEN_ROWS.items():
+        archive(lake, table, rows)
+    return lake
 
 
 @pytest.fixture
@@ -79,7 +73,7 @@ def record(lake: Lake, table: Table, *, file: int = 0) -> None:
 
 def stored_again(table: Table, first_seq: int, count: int) -> list[Row]:
     """The first rows of a table as they are when they are sent once more."""
-    return [msgspec.structs.replace(row, seq=first_seq + n) for n, row in enumerate(ROWS[table][:count])]
+    return [msgspec.structs.replace(row, seq=first_seq + n) for n, row in enumerate(TEN_ROWS[table][:count])]
 
 
 def asked(table: Table, lake: Lake, index: LakeIndex) -> ArchivedRows:
@@ -102,7 +96,7 @@ def keys(rows: Sequence[Row]) -> list[Any]:
     return [row.digest if isinstance(row, ContextRow) else key_of(row) for row in rows]
 
 
-@pytest.mark.parametrize("table", ROWS)
+@pytest.mark.parametrize("table", TEN_ROWS)
 @pytest.mark.parametrize("offset", [-40, 100], ids=["footer", "row group"])
 def test_what_an_index_of_before_knows_of_a_damaged_file_is_archived_again_and_once(
     lake: Lake, index: LakeIndex, table: Table, offset: int
@@ -133,7 +127,7 @@ def test_what_an_index_of_before_knows_of_a_damaged_file_is_archived_again_and_o
 
 
 def test_a_body_whose_parts_are_in_a_damaged_file_is_no_list_of_them(lake: Lake, index: LakeIndex) -> None:
-    part = ROWS["contexts"][0]
+    part = TEN_ROWS["contexts"][0]
     assert isinstance(part, ContextRow)
     whole = msgspec.structs.replace(context(11), parts=((part.digest, part.size),))
     assert asked("contexts", lake, index).positions([whole]) == {part.digest: Position(EPOCH, 1)}
@@ -195,7 +189,7 @@ def test_what_a_look_up_meets_does_not_take_the_place_of_what_is_known(tmp_path:
     assert archived.positions([rows[0], rows[-1]]) == {}
 
 
-@pytest.mark.parametrize("table", ROWS)
+@pytest.mark.parametrize("table", TEN_ROWS)
 def test_a_row_taken_out_by_another_process_is_found_where_it_is_now(
     lake: Lake, index: LakeIndex, table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,9 +218,9 @@ def test_a_row_taken_out_by_another_process_is_found_where_it_is_now(
             return refresh(of)
 
         monkeypatch.setattr(other, "refresh", noted)
-        assert get(keys(ROWS[table][5:])) == dict(zip(keys(ROWS[table][5:]), ROWS[table][5:], strict=True))
+        assert get(keys(TEN_ROWS[table][5:])) == dict(zip(keys(TEN_ROWS[table][5:]), TEN_ROWS[table][5:], strict=True))
         assert refreshed == []
-        assert [row.seq for row in get(keys(ROWS[table])).values()] == [11, 12, 13, *range(4, 11)]
+        assert [row.seq for row in get(keys(TEN_ROWS[table])).values()] == [11, 12, 13, *range(4, 11)]
         assert get(keys(again)) == dict(zip(keys(again), again, strict=True))
         assert len(refreshed) == 1
 
@@ -269,7 +263,7 @@ def test_a_chunk_is_not_archived_because_its_parts_are(
     lake: Lake, index: LakeIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a stream begun anew archiving begins at the first message that the lake does not hold."""
-    part = ROWS["contexts"][0]
+    part = TEN_ROWS["contexts"][0]
     assert isinstance(part, ContextRow)
     rows: dict[int, Row] = {10: part, 11: msgspec.structs.replace(context(11), parts=((part.digest, part.size),))}
     none = cast(Any, None)

@@ -23,11 +23,6 @@ pytestmark = pytest.mark.asyncio
 LATER_MS = 2_000_000_000_000
 
 
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
 @pytest_asyncio.fixture
 async def keys(lake: Lake, tmp_path: Path) -> AsyncGenerator[ColdKeys]:
     with LakeIndex.open(tmp_path / "index") as index:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,17 +21,6 @@ if TYPE_CHECKING:
 FILES = 40
 ROWS = 10
 """In each file."""
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[LakeIndex]:
-    with LakeIndex.open(tmp_path / "index") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -120,18 +120,7 @@ async def test_what_waits_when_a_client_closes_is_handed_back_once(
     monkeypatch.setattr(DurableConsumer, "nak", hand_back_and_look)
     declared = consumer_options(namespace, HandlerOptions(pattern="a", name="h", agent="test"))
     async with other(nats_server, namespace) as (_, handlers):
-
-        @handlers.on("a", name="h", concurrency=1)
-        async def hang(event: Event) -> None:
-            if begun.add(event) > 1:
-                await asyncio.Event().wait()
-
-        await handlers.ready()
-        await hf.emit("a", 0)
-        await eventually(lambda: handlers.counters["h"].done == 1)
-        for number in range(1, 4):
-            await hf.emit("a", number)
-        await begun.wait(2)
+        await hang_with_the_second_of_four(hf, handlers, begun)
         await handlers.close(0.0)
     consumer = DurableConsumer(hf.connection, EVENTS_STREAM, name, declared)
     await consumer.open()
@@ -231,18 +220,7 @@ async def test_what_waits_behind_a_handler_that_hangs_goes_to_another_process(
     monkeypatch.setattr(handler_intake, "LONGEST_WAIT_S", 0.05)
     monkeypatch.setattr(handler_intake, "HANDED_BACK_S", 0.0)
     here, there = Seen(), Seen()
-
-    @handlers.on("a", name="h", concurrency=1)
-    async def hang(event: Event) -> None:
-        if here.add(event) > 1:
-            await asyncio.Event().wait()
-
-    await handlers.ready()
-    await hf.emit("a", 0)
-    await eventually(lambda: handlers.counters["h"].done == 1)
-    for number in range(1, 4):
-        await hf.emit("a", number)
-    await here.wait(2)
+    await hang_with_the_second_of_four(hf, handlers, here)
     async with other(nats_server, namespace) as (_, others):
         others.on("a", name="h")(there.add)
         await there.wait(2)
@@ -424,3 +402,19 @@ async def test_a_handler_can_change_its_pattern(nats_server: str, namespace: str
             await hf.emit(pattern.replace("*", "x"), pattern)
             await eventually(lambda: handlers.counters["h"].done == 1)
     assert [event.data for event in seen.events] == ["a", "b:*", "*"]
+
+
+async def hang_with_the_second_of_four(hf: Holdfast, handlers: Handlers, begun: Seen) -> None:
+    """Registers a handler ``h``, which does one event; returns when it hangs with the next, two others behind that."""
+
+    @handlers.on("a", name="h", concurrency=1)
+    async def hang(event: Event) -> None:
+        if begun.add(event) > 1:
+            await asyncio.Event().wait()
+
+    await handlers.ready()
+    await hf.emit("a", 0)
+    await eventually(lambda: handlers.counters["h"].done == 1)
+    for number in range(1, 4):
+        await hf.emit("a", number)
+    await begun.wait(2)

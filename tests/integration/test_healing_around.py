@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,17 +32,6 @@ ROWS: dict[Table, list[Row]] = {
     "key_versions": [*key_versions(1, 20)],
 }
 LATER_MS = 2_000_000_000_000
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[LakeIndex]:
-    with LakeIndex.open(tmp_path / "index") as opened:
-        yield opened
 
 
 def append(lake: Lake, table: Table, rows: Sequence[Row]) -> FileEntry:

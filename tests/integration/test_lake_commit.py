@@ -14,10 +14,11 @@ from holdfast.lake.commit import CHECKPOINT_INTERVAL
 from holdfast.lake.log import commit_path, list_checkpoints, load_snapshot
 from holdfast.schemas import failpoints
 from holdfast.schemas.errors import DataDirectoryError, FenceError, InvalidFieldError, UnavailableError
-from holdfast.schemas.rows import TABLES, Anchor, Position, Row, Table
+from holdfast.schemas.rows import TABLES, Anchor, Position
 from tests.test_lake_samples import (
     EPOCH,
     T0_MS,
+    archive,
     context,
     contexts,
     event,
@@ -31,15 +32,6 @@ from tests.test_lake_samples import (
 def disarmed() -> Iterator[None]:
     yield
     failpoints.disarm_all()
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
-def archive(lake: Lake, table: Table, rows: list[Row], **changes: object) -> None:
-    lake.append(table, rows, epoch=rows[0].epoch, first_seq=rows[0].seq, last_seq=rows[-1].seq)
 
 
 def parquet_files(lake: Lake) -> list[Path]:

@@ -5,7 +5,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +18,7 @@ from holdfast.lake.compaction import MergePolicy, plan_merge
 from holdfast.lake.log import FileEntry, list_checkpoints, list_versions
 from holdfast.schemas import failpoints
 from holdfast.schemas.rows import Position, Row, Table
-from tests.test_lake_samples import EPOCH, T0_MS, chunked, context, contexts, events, key_versions, touch
+from tests.test_lake_samples import EPOCH, T0_MS, archive, chunked, context, contexts, events, key_versions, touch
 
 LATER_MS = 2_000_000_000_000
 SMALL = MergePolicy(target_rows=1000, target_bytes=1 << 30, min_files=3)
@@ -29,15 +28,6 @@ SMALL = MergePolicy(target_rows=1000, target_bytes=1 << 30, min_files=3)
 def disarmed() -> Iterator[None]:
     yield
     failpoints.disarm_all()
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
-def archive(lake: Lake, table: Table, rows: list[Row]) -> None:
-    lake.append(table, rows, epoch=rows[0].epoch, first_seq=rows[0].seq, last_seq=rows[-1].seq)
 
 
 def all_rows(lake: Lake, table: Table) -> list[Row]:

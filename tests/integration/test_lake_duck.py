@@ -29,6 +29,7 @@ from tests.test_lake_samples import (
     T0_MS,
     MemoryStream,
     MemoryTail,
+    archive,
     chunked,
     context,
     contexts,
@@ -43,15 +44,6 @@ if TYPE_CHECKING:
 
 COUNT = "SELECT count(*) FROM {}"
 LATER_MS = 2_000_000_000_000
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
-def archive(lake: Lake, table: Table, rows: list[Row]) -> None:
-    lake.append(table, rows, epoch=rows[0].epoch, first_seq=rows[0].seq, last_seq=rows[-1].seq)
 
 
 def count(connection: Any, view: str) -> int:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,17 +20,6 @@ from tests.support import LIMIT_S
 from tests.test_lake_samples import EPOCH, contexts, events
 
 SMALL_MAP_BYTES = 128 * 1024
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[LakeIndex]:
-    with LakeIndex.open(tmp_path / "index") as opened:
-        yield opened
 
 
 def archive(lake: Lake, first: int, last: int) -> None:

@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 LATER_MS = 2_000_000_000_000
 
 
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
 class Session:
     """A conversation whose steps are random hexadecimal digits, stored whole after each."""
 

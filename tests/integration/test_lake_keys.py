@@ -13,22 +13,13 @@ import pytest
 
 from holdfast.lake import Lake, LakeIndex, Lookup, compact, connect, verify_lake, write_views_file
 from holdfast.schemas.errors import DigestMismatchError, IntegrityError
-from tests.test_lake_samples import EPOCH, T0_MS, MemoryTail, context, event, key_version, key_versions, touch
+from tests.test_lake_samples import EPOCH, T0_MS, MemoryTail, archive, context, event, key_version, key_versions, touch
 
 if TYPE_CHECKING:
-    from holdfast.schemas.rows import ContextRow, KeyVersionRow, Row, Table
+    from holdfast.schemas.rows import ContextRow, KeyVersionRow, Row
 
 LATER_MS = 2_000_000_000_000
 T0 = datetime(1970, 1, 1) + timedelta(milliseconds=T0_MS)  # noqa: DTZ001  as the views give it
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
-def archive(lake: Lake, table: Table, rows: list[Row]) -> None:
-    lake.append(table, rows, epoch=rows[0].epoch, first_seq=rows[0].seq, last_seq=rows[-1].seq)
 
 
 def chain(first_seq: int, key: str, ops: str, **changes: Any) -> list[KeyVersionRow]:

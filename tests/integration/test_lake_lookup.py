@@ -16,10 +16,11 @@ from holdfast.lake import Lake, LakeIndex, Lookup, compact, vacuum
 from holdfast.lake.compaction import MergePolicy
 from holdfast.schemas.errors import DigestMismatchError, IntegrityError
 from holdfast.schemas.refs import Digest
-from holdfast.schemas.rows import Position, Row, Table
+from holdfast.schemas.rows import Position
 from holdfast.workers.contexts import ColdReader
 from tests.test_lake_samples import (
     EPOCH,
+    archive,
     chunked,
     context,
     contexts,
@@ -32,20 +33,6 @@ from tests.test_lake_samples import (
 
 LATER_MS = 2_000_000_000_000
 UNKNOWN = Digest("a" * 32)
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> LakeIndex:
-    return LakeIndex.open(tmp_path / "index")
-
-
-def archive(lake: Lake, table: Table, rows: list[Row]) -> None:
-    lake.append(table, rows, epoch=rows[0].epoch, first_seq=rows[0].seq, last_seq=rows[-1].seq)
 
 
 def test_every_row_is_found_by_its_identity(lake: Lake, index: LakeIndex) -> None:

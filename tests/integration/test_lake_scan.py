@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,11 +21,6 @@ ALL = EventFilter()
 @pytest.fixture
 def tail() -> MemoryTail:
     return MemoryTail()
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow.parquet as pq
-import pytest
 
 from holdfast.lake import Lake, LakeIndex, Lookup, compact, connect, verify_lake, write_views_file
 from holdfast.schemas.ids import normal_event_id, packed_event_id, unpacked_source_id
@@ -16,6 +15,8 @@ from tests.test_lake_samples import EPOCH, T0_MS, MemoryTail, event
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
     from holdfast.schemas.rows import EventRow
 
@@ -31,11 +32,6 @@ GIVEN = [
     None,
 ]
 SHOWN = "SELECT CAST(event_id AS VARCHAR), source_id FROM events ORDER BY stream_seq"
-
-
-@pytest.fixture
-def lake(tmp_path: Path) -> Lake:
-    return Lake.open(tmp_path / "lake", create=True)
 
 
 def row_of(seq: int, given: str | None) -> EventRow:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,31 +21,18 @@ from holdfast.workers.archived_rows import ArchivedRows
 from holdfast.workers.control import flush
 from tests.running import own_server, running, settings_in
 from tests.support import plain_client
-from tests.test_lake_samples import EPOCH, contexts, events, key_versions
+from tests.test_lake_samples import EPOCH, TEN_ROWS, archive, events
 
 if TYPE_CHECKING:
     from holdfast.schemas.rows import Row, Table
 
-ROWS: dict[Table, list[Row]] = {
-    "contexts": [*contexts(1, 10)],
-    "events": [*events(1, 10)],
-    "key_versions": [*key_versions(1, 10)],
-}
-
 
 @pytest.fixture
-def lake(tmp_path: Path) -> Lake:
+def lake(lake: Lake) -> Lake:
     """Ten rows in each table."""
-    made = Lake.open(tmp_path / "lake", create=True)
-    for table, rows in ROWS.items():
-        made.append(table, rows, epoch=EPOCH, first_seq=1, last_seq=10)
-    return made
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[LakeIndex]:
-    with LakeIndex.open(tmp_path / "index") as opened:
-        yield opened
+    for table, rows in TEN_ROWS.items():
+        archive(lake, table, rows)
+    return lake
 
 
 def damage_footer(lake: Lake, table: Table) -> tuple[Path, bytes]:
@@ -59,7 +45,7 @@ def damage_footer(lake: Lake, table: Table) -> tuple[Path, bytes]:
 
 def stored_again(table: Table, first_seq: int, count: int) -> list[Row]:
     """The first rows of a table as they are when they are sent once more."""
-    return [msgspec.structs.replace(row, seq=first_seq + n) for n, row in enumerate(ROWS[table][:count])]
+    return [msgspec.structs.replace(row, seq=first_seq + n) for n, row in enumerate(TEN_ROWS[table][:count])]
 
 
 def passed_over(lake: Lake, index: LakeIndex, table: Table) -> tuple[Path, bytes, ArchivedRows]:
@@ -80,7 +66,7 @@ def count(lake: Lake, table: Table) -> int:
     return int(rows)
 
 
-@pytest.mark.parametrize("table", ROWS)
+@pytest.mark.parametrize("table", TEN_ROWS)
 @pytest.mark.parametrize("healed", ["put back", "put back and merged", "from the stream"])
 def test_rows_archived_past_a_damaged_file_are_never_shown_twice(
     lake: Lake, index: LakeIndex, table: Table, healed: str
@@ -93,7 +79,7 @@ def test_rows_archived_past_a_damaged_file_are_never_shown_twice(
         [entry] = [entry for entry in lake.files(table) if entry.min_seq == 1]
         damage = find_damage(lake.path / table, entry, again=True)
         assert damage is not None
-        assert heal_file(lake.table(table), entry, damage, ROWS[table])
+        assert heal_file(lake.table(table), entry, damage, TEN_ROWS[table])
     else:
         path.write_bytes(sound)
         assert Scrub(lake).recheck_quarantine() == 0
@@ -106,9 +92,9 @@ def test_rows_archived_past_a_damaged_file_are_never_shown_twice(
     assert count(lake, table) == 10
     assert verify_lake(lake.path, deep=True).violations == []
     archived.refresh()
-    assert len(archived.positions([*ROWS[table], *stored_again(table, 14, 3)])) == 10
+    assert len(archived.positions([*TEN_ROWS[table], *stored_again(table, 14, 3)])) == 10
     with Lookup(lake, index) as lookup:
-        assert len(lookup.rows_at(table, archived.positions(ROWS[table]).values())) == 10
+        assert len(lookup.rows_at(table, archived.positions(TEN_ROWS[table]).values())) == 10
 
 
 def test_a_settled_note_stays_for_those_who_read_before_and_is_compared_once_more(lake: Lake, index: LakeIndex) -> None:
@@ -154,7 +140,7 @@ def test_new_is_not_said_of_what_an_index_begun_anew_does_not_know(lake: Lake, i
     key = ("default", events(7, 7)[0].id)
     with pytest.raises(UnavailableError, match="covers nothing of events"):
         index.ask("events", [key], version=version)
-    assert set(archived.positions(ROWS["events"])) == {("default", row.id) for row in events(1, 10)}
+    assert set(archived.positions(TEN_ROWS["events"])) == {("default", row.id) for row in events(1, 10)}
     with pytest.raises(UnavailableError, match="covers version"):
         index.ask("events", [("default", events(99, 99)[0].id)], version=version + 1)
 

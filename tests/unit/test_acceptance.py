@@ -76,5 +76,5 @@ def test_a_row_without_a_test_and_a_test_without_a_row_are_told(tmp_path: Path) 
     page = write_page(accepted, shown)
     assert "| A01 | behaviour | " in page
     assert "[test_A01_known](../tests/test_some.py) |" in page
-    assert f"| A02 | behaviour | {accepted.rows['A02'][1]} | not yet |" in page
+    assert f"| A02 | behaviour | {accepted.rows['A02'][1]} | no test yet |" in page
     assert "\n1 of 281 rows have a test.\n" in page  # the test without a row counts for none
