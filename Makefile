@@ -59,7 +59,7 @@ torture: $(VENV)/.stamp-dev  ## a system of its own under load and every fault f
 torture-kills: $(VENV)/.stamp-dev  ## kill -9 of the server under load, 1,200 times (8 min); SEED=1
 	@$(BIN)/python -m tests.campaigns.kills --cycles 1200 --seed $(SEED) $(CAMPAIGN_ARGS)
 
-torture-power: $(VENV)/.stamp-dev  ## 300 power cuts of one server (15 min, root); SEED=1
+torture-power: $(VENV)/.stamp-dev  ## 300 power cuts of one server (40 min, root); SEED=1
 	@$(BIN)/python -m tests.campaigns.power --cuts 300 --seed $(SEED) $(CAMPAIGN_ARGS)
 
 torture-power-fast: $(VENV)/.stamp-dev  ## 30 power cuts in mode fast, which must lose something (2 min, root); SEED=1
@@ -68,7 +68,7 @@ torture-power-fast: $(VENV)/.stamp-dev  ## 30 power cuts in mode fast, which mus
 torture-disk: $(VENV)/.stamp-dev  ## 100 full or failing disks (15 min, root, strace); SEED=1
 	@$(BIN)/python -m tests.campaigns.disk --runs 100 --seed $(SEED) $(CAMPAIGN_ARGS)
 
-torture-cluster: $(VENV)/.stamp-dev  ## three nodes: leader kills, partitions, power, wiped nodes (40 min, root); SEED=1
+torture-cluster: $(VENV)/.stamp-dev  ## three nodes: leader kills, partitions, power, wiped nodes (60 min, root); SEED=1
 	@$(BIN)/python -m tests.campaigns.cluster --rounds 30 --wipes 12 --seed $(SEED) \
 	    --kind leader-kill,partition,all-cut,wipe,combined $(CAMPAIGN_ARGS)
 
@@ -78,16 +78,16 @@ torture-cluster-chaos: $(VENV)/.stamp-dev  ## three nodes under mixed faults for
 torture-chaos: $(VENV)/.stamp-dev  ## one server under mixed faults for an hour; SEED=1
 	@$(BIN)/python -m tests.campaigns.chaos --minutes 60 --load 0.3 --lake-rows 2000000 --seed $(SEED) $(CAMPAIGN_ARGS)
 
-torture-syscalls: $(VENV)/.stamp-dev  ## killed before every system call of five cycles (12 min); SEED=1
+torture-syscalls: $(VENV)/.stamp-dev  ## killed before every system call of five cycles (30 min); SEED=1
 	@$(BIN)/python -m tests.campaigns.syscalls --seed $(SEED) $(CAMPAIGN_ARGS)
 
-torture-kill-points: $(VENV)/.stamp-dev  ## workers killed at 5,000 random moments (10 min); SEED=1
+torture-kill-points: $(VENV)/.stamp-dev  ## workers killed at 5,000 random moments (27 min); SEED=1
 	@$(BIN)/python -m tests.campaigns.kill_points --kills 5000 --seed $(SEED) $(CAMPAIGN_ARGS)
 
-torture-archivers: $(VENV)/.stamp-dev  ## several archivers and compactors, one asleep at each step (10 min); SEED=1
+torture-archivers: $(VENV)/.stamp-dev  ## several archivers and compactors, one asleep at each step (35 min); SEED=1
 	@$(BIN)/python -m tests.campaigns.archivers --rounds 100 --seed $(SEED) $(CAMPAIGN_ARGS)
 
-torture-damage: $(VENV)/.stamp-dev  ## 2,000 flipped bits in files of every kind (20 min); SEED=1
+torture-damage: $(VENV)/.stamp-dev  ## 2,000 flipped bits in files of every kind (70 min); SEED=1
 	@$(BIN)/python -m tests.campaigns.damage --flips 2000 --seed $(SEED) $(CAMPAIGN_ARGS)
 
 torture-backups: $(VENV)/.stamp-dev  ## backups that are killed, everything destroyed, restored (30 min); SEED=1

@@ -202,7 +202,7 @@ def _dead(picture: Picture) -> Iterator[Problem]:
             invariant="I7",
             object=DEAD_STREAM,
             what=f"{recent} messages were set aside as dead letters within ten minutes",
-            next_step="'holdfast dead list' shows their reasons and where they came from: mend what sends them",
+            next_step="'holdfast dead' shows their reasons and where they came from: mend what sends them",
         )
 
 
