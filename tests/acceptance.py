@@ -28,8 +28,8 @@ _HEAD: Final = """\
 # What Holdfast does, and the test that shows it
 
 Each row is something that users of earlier context stores could do, or were promised. A test carries the ids of the
-rows that it shows in its name; a row without one may be there all the same. This page is written by `python -m tests.acceptance`; a test fails when it is out of
-date.
+rows that it shows in its name; a row without one may be there all the same. This page is written by
+`python -m tests.acceptance`; a test fails when it is out of date.
 """
 
 

@@ -17,6 +17,7 @@ from holdfast.streams.publish import Outgoing
 from holdfast.streams.pull import StreamReader
 from holdfast.streams.topology import ensure_topology, stream_info
 from holdfast.streams.wire import EVENTS_STREAM, H_MSG_ID
+from tests.running import eventually
 from tests.support import LIMIT_S, OwnServer, hpub, plain_client, raw_publish
 
 if TYPE_CHECKING:
@@ -33,9 +34,11 @@ async def publish(connection: Connection, count: int, *, start: int = 0, size: i
 
 async def stored(connection: Connection, count: int) -> None:
     """Waits for what was published without an acknowledgement."""
-    async with asyncio.timeout(LIMIT_S):
-        while (await stream_info(connection, EVENTS_STREAM)).messages < count:
-            await asyncio.sleep(0.01)
+
+    async def is_stored() -> bool:
+        return (await stream_info(connection, EVENTS_STREAM)).messages >= count
+
+    await eventually(is_stored)
 
 
 def seqs(messages: list[StoredMessage]) -> list[int]:

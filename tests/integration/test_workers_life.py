@@ -97,11 +97,15 @@ async def test_a_worker_whose_connection_was_closed_for_good_ends(
     server: OwnServer, tmp_path: Path, name: WorkerName
 ) -> None:
     """As over credentials that are good no longer: it could do nothing any more, and its standby would wait."""
+
+    async def run() -> None:
+        async with running(server.url, settings_in(tmp_path), [name]) as workers:
+            await workers.connection.client.close()
+            await asyncio.Event().wait()
+
     async with asyncio.timeout(LIMIT_S):
         with pytest.raises(ClosedError, match="for good"):
-            async with running(server.url, settings_in(tmp_path), [name]) as workers:
-                await workers.connection.client.close()
-                await asyncio.Event().wait()
+            await run()
         async with running(server.url, settings_in(tmp_path), [name]):
             pass
 

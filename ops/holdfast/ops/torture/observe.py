@@ -55,8 +55,9 @@ async def observe(
     if "live" in wanted and lake_path is not None:
         views["live"] = await asyncio.to_thread(_read_sql, lake_path, url, namespaces)
     if "sdk" in wanted:
-        named = {ref for view in (lake.view, views["streams"]) for ref, _ in view.contexts}
-        views["sdk"] = await _read_sdk(url, namespaces, named.union(refs), _keys_of(lake.view, views["streams"]))
+        named = {ref for view in (lake.view, views["streams"]) for ref, _ in view.contexts}.union(refs)
+        keys = _keys_of(lake.view, views["streams"])
+        views["sdk"] = await _read_sdk(url, namespaces, _by_place(named, lake.placed), keys)
     placed = [*lake.placed, *streams.placed]
     return Observation(list(namespaces), views, placed, marks)
 
@@ -206,7 +207,7 @@ def _keys_of(*views: View) -> list[str]:
     return sorted({seen.key for view in views for seen in view.versions})
 
 
-async def _read_sdk(url: str, namespaces: Sequence[str], refs: set[str], keys: Sequence[str]) -> View:
+async def _read_sdk(url: str, namespaces: Sequence[str], refs: Sequence[str], keys: Sequence[str]) -> View:
     view = View(is_whole=True)
     for namespace in namespaces:
         try:
@@ -223,7 +224,7 @@ async def _read_sdk(url: str, namespaces: Sequence[str], refs: set[str], keys: S
     return view
 
 
-async def _fill_from_sdk(view: View, hf: Holdfast, refs: set[str], keys: Sequence[str]) -> None:
+async def _fill_from_sdk(view: View, hf: Holdfast, refs: Sequence[str], keys: Sequence[str]) -> None:
     first = len(view.events)
     order = first
     async for event in hf.query():
@@ -236,7 +237,7 @@ async def _fill_from_sdk(view: View, hf: Holdfast, refs: set[str], keys: Sequenc
                 versions.append((key, seen.version, seen.ref, seen.change_type))  # noqa: PERF401  those read are kept
         except HoldfastError as error:
             view.errors.append(f"history of {key}: {_said(error)}")
-    wanted = sorted(refs.union(ref for _, _, ref, _ in versions if ref is not None))
+    wanted = list(dict.fromkeys([*refs, *(ref for _, _, ref, _ in versions if ref is not None)]))
     bodies: dict[str, str] = {}
     for start in range(0, len(wanted), _PAGE):
         page = wanted[start : start + _PAGE]
@@ -251,6 +252,13 @@ async def _fill_from_sdk(view: View, hf: Holdfast, refs: set[str], keys: Sequenc
     view.versions.extend(
         SeenVersion(key, version, ref, _body_hash(bodies, ref), change) for key, version, ref, change in versions
     )
+
+
+def _by_place(refs: set[str], placed: Iterable[Placed]) -> list[str]:
+    """Contexts in the order of their rows in the lake, the others behind them: neighbours are read from few files."""
+    rows = sorted((row.epoch, row.seq, row.identity) for row in placed if row.stream == "KV_ctx-hot")
+    archived = dict.fromkeys(ref for _, _, ref in rows if ref in refs)
+    return [*archived, *sorted(refs.difference(archived))]
 
 
 def _said(error: BaseException) -> str:
