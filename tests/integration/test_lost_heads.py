@@ -21,7 +21,7 @@ from holdfast.streams.topology import ensure_topology
 from holdfast.streams.wire import KEYS_STREAM, key_subject
 from holdfast.workers import lost_heads
 from holdfast.workers.control import accept_gap, archiver_status, flush
-from tests.running import dead_letters, own_server, running, settings_in
+from tests.running import dead_letters, eventually, own_server, running, settings_in
 from tests.support import api, plain_client
 
 if TYPE_CHECKING:
@@ -127,6 +127,29 @@ async def test_a_stream_that_is_made_anew_while_the_archiver_runs_gets_its_heads
             await flush(hf.connection)
             assert [version.version async for version in hf.keys.history("plan")] == [4, 3, 2, 1]
             assert await dead_letters(hf) == []
+
+
+async def test_a_head_remembered_from_before_a_lost_tail_is_not_taken_for_what_has_its_sequence_now(
+    tmp_path: Path,
+) -> None:
+    store, kept = tmp_path / "nats", tmp_path / "kept"
+    async with own_server(tmp_path) as server, connect(server.url) as hf:
+        await hf.keys.put("plan", 1)
+        await server.stop()
+        shutil.copytree(store, kept)
+        await server.start(with_streams=False)
+        assert [(await hf.keys.put("plan", number)).version for number in (2, 3)] == [2, 3]
+        before = hf.connection.reconnects
+        await server.kill()
+        shutil.rmtree(store)
+        shutil.move(kept, store)
+        await server.start(with_streams=False)
+        async with connect(server.url) as other:
+            await other.keys.put("something else", 1)
+            assert (await other.keys.put("plan", "other")).version == 2  # at the sequence that version 3 had
+        await eventually(lambda: hf.connection.reconnects > before)
+        assert (await hf.keys.put("plan", "since")).version == 3
+        assert [version.version async for version in hf.keys.history("plan")] == [3, 2, 1]
 
 
 async def test_keys_that_were_written_last_are_put_back_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

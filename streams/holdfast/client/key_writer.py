@@ -150,6 +150,7 @@ class KeyWriter:
         self._queues: dict[str, deque[_Change]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heads: OrderedDict[str, Head] = OrderedDict()
+        self._heads_as_of = log.reconnects
         self._info: tuple[float, StreamInfo] | None = None
 
     async def change(self, key: str, decide: Decide, *, needs_body: bool = False) -> Written:
@@ -308,7 +309,7 @@ class KeyWriter:
 
     async def _attempt(self, key: str, pending: list[_Change]) -> bool:
         """Writes what can be written in one batch; returns False when the remembered head is not good enough."""
-        remembered = self._heads.get(key)
+        remembered = self._remembered(key)
         head = remembered if remembered is not None else await self._log.head(self._namespace, key)
         last = await self.last_row(key, head)
         at_ms = await self._clock.now_ms()
@@ -367,6 +368,7 @@ class KeyWriter:
     async def _commit(
         self, key: str, head: Head, base: Grown | None, last: KeyVersionRow | None, steps: list[_Step]
     ) -> None:
+        reconnects = self._log.reconnects
         contexts = [step.draft.body for step in steps if step.draft.body is not None]
         if base is None and last is not None and contexts:
             base = await self._bodies.base_for(contexts[0], last.ref, head.at)
@@ -384,7 +386,8 @@ class KeyWriter:
             outcomes.append((context, at))
             versions.append((NewVersion(row, at), None if versions else head.last_seq))
         rows = await self._log.write_all(versions)
-        self._remember(key, Head(rows[-1], outcomes[-1][1], rows[-1].seq))
+        if reconnects == self._log.reconnects:
+            self._remember(key, Head(rows[-1], outcomes[-1][1], rows[-1].seq))
         for step, row, (context, _) in zip(steps, rows, outcomes, strict=True):
             if not step.change.future.done():
                 step.change.future.set_result(Written(row, context))
@@ -428,6 +431,14 @@ class KeyWriter:
             grown, tier = await self._bodies.load(last.ref, head.at)
             return grown, Context(grown.row, tier, self._ring)
         return self._bodies.known(last.ref), None
+
+    def _remembered(self, key: str) -> Head | None:
+        # A server that comes back may have lost its end, and give sequences out again: the one that a head is known by
+        # may be that of another version by now.
+        if self._heads_as_of != self._log.reconnects:
+            self._heads_as_of = self._log.reconnects
+            self._heads.clear()
+        return self._heads.get(key)
 
     def _remember(self, key: str, head: Head) -> None:
         self._heads[key] = head

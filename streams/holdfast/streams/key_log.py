@@ -104,6 +104,11 @@ class KeyLog:
         self._replicas = replicas
         self._committer = Committer(connection)
 
+    @property
+    def reconnects(self) -> int:
+        """How often the connection was made anew: the stream may have lost its end since what was read before."""
+        return self._connection.reconnects
+
     async def info(self) -> StreamInfo:
         """Returns the state of the bucket's stream."""
         return await call_with_retry(partial(stream_info, self._connection, KEYS_STREAM), deadline_s=READ_DEADLINE_S)
