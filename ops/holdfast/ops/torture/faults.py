@@ -9,7 +9,8 @@ import asyncio
 import importlib
 import random
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Final, cast
 
 import msgspec
@@ -186,12 +187,11 @@ async def clock(ground: Ground, choice: random.Random) -> None:
 async def second_archiver(ground: Ground, choice: random.Random) -> None:
     """Starts a second archiver, kills the first, and gives the work back."""
     name = ground.worker_of("archiver")
-    second = await ground.rig.start_worker("archiver", name="archiver-second")
-    await asyncio.sleep(choice.uniform(0.0, 0.5))
-    await ground.rig.children[name].kill()
-    await asyncio.sleep(choice.uniform(0.5, 2.0))
-    await ground.start_worker(name)
-    await second.kill()
+    async with _second(ground):
+        await asyncio.sleep(choice.uniform(0.0, 0.5))
+        await ground.rig.children[name].kill()
+        await asyncio.sleep(choice.uniform(0.5, 2.0))
+        await ground.start_worker(name)
 
 
 @register("late-archiver", "an archiver that sleeps, is replaced, and wakes up", needs=("workers",))
@@ -202,12 +202,23 @@ async def late_archiver(ground: Ground, choice: random.Random) -> None:
     try:
         # As if it ran on another machine: the lock is not the first one's any more, but the second's too.
         (ground.rig.lake / ".archiver.lock").unlink(missing_ok=True)
-        second = await ground.rig.start_worker("archiver", name="archiver-second")
-        await asyncio.sleep(choice.uniform(0.2, 2.0))
+        async with _second(ground):
+            await asyncio.sleep(choice.uniform(0.2, 2.0))
+            first.signal(signal.SIGCONT)
+            await asyncio.sleep(choice.uniform(0.5, 2.0))
     finally:
         first.signal(signal.SIGCONT)
-    await asyncio.sleep(choice.uniform(0.5, 2.0))
-    await second.kill()
+
+
+@asynccontextmanager
+async def _second(ground: Ground) -> AsyncGenerator[None]:
+    """Another archiver while the block lasts; none is left where it does not come to serve."""
+    second = ground.rig.spawn_worker("archiver", name="archiver-second")
+    try:
+        await ground.rig.wait_ready(second)
+        yield
+    finally:
+        await second.kill()
 
 
 def chosen_faults(names: str | None) -> list[str]:

@@ -43,8 +43,9 @@ from holdfast.streams.connection_target import Durability
 from holdfast.streams.topology import ensure_topology
 from holdfast.workers.settings import WORKERS, WorkerName, WorkerSettings
 
-START_S: Final = 30.0
-"""How long a process may take to serve."""
+START_S: Final = 60.0
+"""How long a process may take to serve: one that was killed reads every entry of its index first, a second for each
+million on a core of its own."""
 
 STOP_S: Final = 20.0
 """How long a process may take to end after SIGTERM; then it is killed."""
