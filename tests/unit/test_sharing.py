@@ -35,8 +35,8 @@ MOST_PARTS_SMALL = 64
 """Most parts of a body below a full part: some runs of small ones, of each class."""
 
 LARGE_BYTES = 5_000_000
-LIMIT_S = 1.0
-"""Processor time for a plan of 5 MB, several times what it takes; what is quadratic takes minutes."""
+LIMIT_S = 10.0
+"""Processor time for a plan of 5 MB, many times what it takes on a slow machine; what is quadratic takes minutes."""
 
 
 class Stored:
