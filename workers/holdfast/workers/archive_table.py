@@ -277,7 +277,7 @@ class TableArchiver:
         info = await stream_info(self._connection, self.stream)
         epoch, is_cut = info.epoch, await self._compare_mark(info, watermark)
         if watermark is not None and watermark.epoch == info.epoch:
-            info = await self._continued(info, watermark, is_cut=is_cut)
+            info = await self._continued(info, watermark)
         elif info.first_seq > info.epoch_start and info.last_seq:
             await self._alarm(
                 f"{info.name} begins at sequence {info.first_seq}, and the lake holds nothing of what stood before",
@@ -290,7 +290,8 @@ class TableArchiver:
             )
             await self._tell_of_lost_heads()
         if is_cut and info.epoch == epoch:
-            info = await self._begin_epoch(max(1, info.first_seq, info.epoch_start))
+            # Readers that stood behind the watermark cannot tell by themselves.
+            info = await self._begin_epoch(_start(watermark, info))
         await self._restart()
         self._checked_reconnects, self._checked_epoch = reconnects, info.epoch
         return info
@@ -322,19 +323,18 @@ class TableArchiver:
         )
         return lost.is_cut
 
-    async def _continued(self, info: StreamInfo, watermark: Position, *, is_cut: bool) -> StreamInfo:
+    async def _continued(self, info: StreamInfo, watermark: Position) -> StreamInfo:
         """Returns the stream's state when it still is what the lake remembers, or that of the epoch begun anew.
 
         A server that lost its tail gives the sequences of lost messages to new ones, as soon as anybody publishes:
         by the time it shows, some may stand there.  So nothing is purged to lift the next sequence.  The new epoch
         begins at the first message that the lake does not hold; what is read again from there is deduplicated.
-        ``is_cut``: the end behind the watermark was lost, which readers that stood there cannot tell by themselves.
         """
         try:
             anchors = await self._in_thread(lambda: self._lake.anchors(self.table, info.first_seq, most=ANCHORS_READ))
             await check_anchors(self._connection, self.table, info, anchors)
             if info.last_seq >= watermark.seq:
-                return await self._begin_epoch(watermark.seq + 1) if is_cut else info
+                return info
             what = f"it ends at sequence {info.last_seq}, {watermark.seq} was archived"
         except DivergedError as error:
             what = error.message
