@@ -185,10 +185,10 @@ async def test_an_expiry_that_was_refused_by_nobody_knows_what_stays_due(
     refused = [Refused(ApiFailure(400, WRONG_LAST_SEQUENCE, "wrong last sequence"))]
     publish, head = Janitor._publish, KeyLog.head
 
-    async def refuse(janitor: Janitor, message: Outgoing) -> None:
+    async def refuse(janitor: Janitor, message: Outgoing, losses: int) -> None:
         if refused:
             raise refused.pop()
-        await publish(janitor, message)
+        await publish(janitor, message, losses)
 
     async def away(*_: object) -> Any:
         monkeypatch.setattr(KeyLog, "head", head)

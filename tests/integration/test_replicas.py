@@ -258,7 +258,7 @@ async def test_a_copy_that_lags_answers_nothing_wrong(tmp_path: Path) -> None:
         # a version that a writer sends again is not another's: there is no answer as long as there is no right one.
         hot = HotTier(behind.connection, replicas=3)
         own = a_version(3)
-        stored = await KeyLog(ahead.connection, replicas=3).write(NewVersion(own), after_seq=2)
+        stored = await KeyLog(ahead.connection, replicas=3).write(NewVersion(own), after=Head(last_seq=2))
         newest = Head(msgspec.structs.replace(own, seq=stored.seq), last_seq=stored.seq)
         calls = Unanswered()
         calls.call("get", lambda: hot.get("default", digest))
@@ -266,7 +266,9 @@ async def test_a_copy_that_lags_answers_nothing_wrong(tmp_path: Path) -> None:
         calls.call("revisions", lambda: _versions(log))
         calls.call("as of", lambda: log.as_of("default", "plan", now_ms()))
         calls.call("version", lambda: log.version("default", "plan", 2, newest))
-        calls.call("again", lambda: KeyLog(behind.connection, replicas=3).write(NewVersion(own), after_seq=2))
+        calls.call(
+            "again", lambda: KeyLog(behind.connection, replicas=3).write(NewVersion(own), after=Head(last_seq=2))
+        )
         await calls.check()
 
         lagging.routes.release()

@@ -15,7 +15,7 @@ from holdfast.schemas.errors import RetryError, UnavailableError, UnknownOutcome
 from holdfast.streams import committer as committer_module
 from holdfast.streams.committer import Committer
 from holdfast.streams.connection import open_connection
-from holdfast.streams.key_log import KeyLog, NewVersion
+from holdfast.streams.key_log import Head, KeyLog, NewVersion
 from holdfast.streams.publish import Outgoing, PubAck, publish_each
 from holdfast.streams.storing import store_with_retry
 from holdfast.streams.topology import stream_info
@@ -140,11 +140,11 @@ class TestKeys:
 
         monkeypatch.setattr(log, "_run_of", away)
         with pytest.raises(UnknownOutcomeError, match="the server is away"):
-            await log.write(again, after_seq=0)
+            await log.write(again, after=Head())
         with pytest.raises(UnknownOutcomeError, match="the server is away"):
-            await log.write_all([(again, 0), (again, None)])
+            await log.write_all([(again, Head()), (again, None)])
         monkeypatch.undo()
-        assert (await log.write(again, after_seq=0)).seq == head.row.seq
+        assert (await log.write(again, after=Head())).seq == head.row.seq
         await log.close()
 
 

@@ -36,7 +36,7 @@ from holdfast.schemas.ids import new_event_id
 from holdfast.schemas.refs import Ref
 from holdfast.schemas.rows import KeyVersionRow, Op
 from holdfast.streams.hot import NewContext
-from holdfast.streams.key_log import Head, KeyLog, LostRaceError, NewVersion
+from holdfast.streams.key_log import Following, Head, KeyLog, LostRaceError, NewVersion
 
 if TYPE_CHECKING:
     from holdfast.client.growing import GrowingBodies, Grown
@@ -150,7 +150,6 @@ class KeyWriter:
         self._queues: dict[str, deque[_Change]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._heads: OrderedDict[str, Head] = OrderedDict()
-        self._heads_as_of = log.reconnects
         self._info: tuple[float, StreamInfo] | None = None
 
     async def change(self, key: str, decide: Decide, *, needs_body: bool = False) -> Written:
@@ -181,9 +180,10 @@ class KeyWriter:
     async def _commit_keys(self, decisions: Mapping[str, Decide]) -> dict[str, KeyVersionRow]:
         lost = 0
         while decisions:
-            heads = await self._log.heads(self._namespace, decisions)
+            none = Head(losses=self._log.losses)
+            found = await self._log.heads(self._namespace, decisions)
             try:
-                return await self._commit_all(decisions, heads)
+                return await self._commit_all(decisions, {key: found.get(key, none) for key in decisions})
             except LostRaceError:
                 lost += 1
                 if lost >= ATTEMPTS:
@@ -217,7 +217,7 @@ class KeyWriter:
                 actual=last.version,
             )
         own = [msgspec.structs.replace(row, namespace=self._namespace) for row in rows]
-        versions = [(NewVersion(row), head.last_seq if place == 0 else None) for place, row in enumerate(own)]
+        versions = [(NewVersion(row), head if place == 0 else None) for place, row in enumerate(own)]
         self.forget(key)
         try:
             return await self._log.write_all(versions)
@@ -368,13 +368,12 @@ class KeyWriter:
     async def _commit(
         self, key: str, head: Head, base: Grown | None, last: KeyVersionRow | None, steps: list[_Step]
     ) -> None:
-        reconnects = self._log.reconnects
         contexts = [step.draft.body for step in steps if step.draft.body is not None]
         if base is None and last is not None and contexts:
             base = await self._bodies.base_for(contexts[0], last.ref, head.at)
         stored = await self._bodies.store_chain(contexts, base) if contexts else []
         bodies = iter(stored)
-        versions: list[tuple[NewVersion, int | None]] = []
+        versions: list[Following] = []
         outcomes: list[tuple[Context | None, tuple[int, ...]]] = []
         for step in steps:
             if step.draft.body is None:
@@ -384,10 +383,9 @@ class KeyWriter:
                 row, at = msgspec.structs.replace(step.row, ref=grown.row.ref), grown.hint
                 context = Context(grown.row, "cache", self._ring)
             outcomes.append((context, at))
-            versions.append((NewVersion(row, at), None if versions else head.last_seq))
+            versions.append((NewVersion(row, at), None if versions else head))
         rows = await self._log.write_all(versions)
-        if reconnects == self._log.reconnects:
-            self._remember(key, Head(rows[-1], outcomes[-1][1], rows[-1].seq))
+        self._remember(key, Head(rows[-1], outcomes[-1][1], rows[-1].seq, head.losses))
         for step, row, (context, _) in zip(steps, rows, outcomes, strict=True):
             if not step.change.future.done():
                 step.change.future.set_result(Written(row, context))
@@ -396,19 +394,19 @@ class KeyWriter:
         at_ms = await self._clock.now_ms()
         drafts: dict[str, tuple[Head, KeyVersionRow | None, Draft, int]] = {}
         for key, decide in decisions.items():
-            head = heads.get(key, Head())
+            head = heads[key]
             last = await self.last_row(key, head)
             live = is_live(last, at_ms)
             draft = decide(State(last, live, at_ms))
             if draft is not None:
                 drafts[key] = head, last if live else None, draft, 1 if last is None else last.version + 1
         stored = await asyncio.gather(*(self._store(draft, head, last) for head, last, draft, _ in drafts.values()))
-        versions: list[tuple[NewVersion, int | None]] = []
+        versions: list[Following] = []
         for (key, (head, _, draft, number)), grown in zip(drafts.items(), stored, strict=True):
             row = _row_of(self._namespace, key, draft, number)
             ref = draft.ref if grown is None else grown.row.ref
             at: tuple[int, ...] = () if grown is None else grown.hint
-            versions.append((NewVersion(msgspec.structs.replace(row, ref=ref), at), head.last_seq))
+            versions.append((NewVersion(msgspec.structs.replace(row, ref=ref), at), head))
         rows = await self._log.write_all(versions) if versions else []
         return {row.key: row for row in rows}
 
@@ -433,12 +431,9 @@ class KeyWriter:
         return self._bodies.known(last.ref), None
 
     def _remembered(self, key: str) -> Head | None:
-        # A server that comes back may have lost its end, and give sequences out again: the one that a head is known by
-        # may be that of another version by now.
-        if self._heads_as_of != self._log.reconnects:
-            self._heads_as_of = self._log.reconnects
-            self._heads.clear()
-        return self._heads.get(key)
+        # Of before the connection was lost, the sequence that a head is known by may be another version's by now.
+        head = self._heads.get(key)
+        return head if head is not None and head.losses == self._log.losses else None
 
     def _remember(self, key: str, head: Head) -> None:
         self._heads[key] = head

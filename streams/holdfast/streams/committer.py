@@ -58,6 +58,18 @@ Verifier = Callable[[Sequence[Outgoing]], Awaitable[dict[str, Settled | Holdfast
 the same content (settled) or another (an error).  Subjects that are free are left out."""
 
 
+class OutlivedError(HoldfastError):
+    """The connection was lost since what a message expects was read, so that it was not sent, or not sent again.
+
+    A server that comes back may have lost its end: behind the sequence that is expected something else may stand.
+    """
+
+    code = "outlived"
+
+    def __init__(self) -> None:
+        super().__init__("the connection was lost since the write began", hint="read what it follows, and write again")
+
+
 class _Call:
     """What one caller waits for: a future for all of its messages together, its own to cancel."""
 
@@ -90,10 +102,13 @@ class _Write:
     Its time runs from ``since_s``, by the loop's clock: also while it waits for its turn.
     """
 
-    __slots__ = ("calls", "is_settled", "message", "since_s", "size")
+    __slots__ = ("calls", "is_settled", "losses", "message", "since_s", "size")
 
-    def __init__(self, message: Outgoing, size: int, since_s: float, call: _Call, place: int) -> None:
+    def __init__(
+        self, message: Outgoing, size: int, since_s: float, call: _Call, place: int, losses: int | None
+    ) -> None:
         self.message = message
+        self.losses = losses
         self.size = size
         self.since_s = since_s
         self.calls = [(call, place)]
@@ -133,13 +148,16 @@ class Committer:
         self._is_starting = False
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def store(self, message: Outgoing) -> Settled:
-        """Stores one message durably and returns its outcome."""
-        return (await self.store_many([message]))[0]
+    async def store(self, message: Outgoing, *, losses: int | None = None) -> Settled:
+        """Stores one message durably and returns its outcome; ``losses`` as of :meth:`store_many`."""
+        return (await self.store_many([message], losses=losses))[0]
 
-    async def store_many(self, messages: Sequence[Outgoing]) -> list[Settled]:
+    async def store_many(self, messages: Sequence[Outgoing], *, losses: int | None = None) -> list[Settled]:
         """Stores messages and returns their outcomes in order; raises the first error when all have ended.
 
+        ``losses`` is for messages that name the sequence which they must follow: how often the connection had been
+        lost when that was read.  Once it has been lost again they are not sent any more: OutlivedError, and whether an
+        attempt before that was stored is unknown.
         Raises TooLargeError before anything is sent when a message is over what the server takes.
         """
         sizes = [check_payload(self._connection, message) for message in messages]
@@ -153,7 +171,7 @@ class Committer:
                 since_s = clock()  # of a long call only what has to wait here has waited
                 while not self._room.is_set():
                     await self._room.wait()
-            self._enqueue(message, sizes[place], since_s, call, place)
+            self._enqueue(message, sizes[place], since_s, call, place, losses)
         return await call.future
 
     async def close(self) -> None:
@@ -161,13 +179,15 @@ class Committer:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _enqueue(self, message: Outgoing, size: int, since_s: float, call: _Call, place: int) -> None:
+    def _enqueue(
+        self, message: Outgoing, size: int, since_s: float, call: _Call, place: int, losses: int | None
+    ) -> None:
         if self._verifier is not None:
             known = self._by_subject.get(message.subject)
             if known is not None:
                 known.calls.append((call, place))
                 return
-        write = _Write(message, size, since_s, call, place)
+        write = _Write(message, size, since_s, call, place, losses)
         if self._verifier is not None:
             self._by_subject[message.subject] = write
         self._queue.append(write)
@@ -272,6 +292,9 @@ class Committer:
     async def _attempt(self, batch: list[_Write]) -> None:
         """Settles what can be settled; raises a RetryError while some of it cannot."""
         clock = asyncio.get_running_loop().time
+        for write in batch:
+            if write.losses is not None and write.losses != self._connection.losses:
+                self._settle(write, OutlivedError())
         pending = [write for write in batch if not write.is_settled]
         while not self._pace.goes_singly(len(pending)):
             messages = [write.message for write in pending]
@@ -358,4 +381,4 @@ def _error_of(refusal: Refused, subject: str) -> HoldfastError:
     return ApiError(ApiFailure(400, refusal.err_code, refusal.description), subject)
 
 
-__all__ = ["QUEUED_BYTES", "SINGLY_UP_TO", "Committer", "Settled", "Verifier"]
+__all__ = ["QUEUED_BYTES", "SINGLY_UP_TO", "Committer", "OutlivedError", "Settled", "Verifier"]

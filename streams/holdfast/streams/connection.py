@@ -89,6 +89,8 @@ class Connection:
         self.lean = lean
         self.target = target
         self.reconnects = 0
+        self.losses = 0
+        """How often the connection was lost: known before anything goes over the next one."""
         self.refusing: set[str] = set()
         """Streams that were found to store nothing; :mod:`holdfast.streams.storing` asks them again."""
         self.unknown_writes = 0
@@ -182,6 +184,7 @@ class _Events:
     async def on_disconnected(self) -> None:
         if self.connection is None or self.is_closing:
             return
+        self.connection.losses += 1
         logger.warning("connection to nats lost", extra={"action": "nats_disconnected"})
         # No answer can come any more to what is under way: whoever waits shall not wait for a time-out.
         self.connection.lean.fail_in_flight(

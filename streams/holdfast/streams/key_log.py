@@ -7,6 +7,7 @@ bucket holds of a chain is always its end, and the lake holds the rest.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -17,13 +18,13 @@ from holdfast.schemas.errors import HoldfastError, RetryError, UnavailableError,
 from holdfast.schemas.ids import iso_from_ms
 from holdfast.schemas.rows import KeyVersionRow
 from holdfast.streams.arrivals import next_of
-from holdfast.streams.committer import Committer
+from holdfast.streams.committer import Committer, OutlivedError
 from holdfast.streams.connection import ApiError, Connection, Msg
 from holdfast.streams.decode import decode_key_head, encode_key_version
 from holdfast.streams.leader import last_at_leader, message_at_leader, require_end
 from holdfast.streams.messages import StoredMessage, parse_time_ms
 from holdfast.streams.publish import WRONG_LAST_SEQUENCE, Outgoing, Refused, publish_batch
-from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, call_with_retry
+from holdfast.streams.retry import ATTEMPT_S, READ_DEADLINE_S, WRITE_DEADLINE_S, call_with_retry
 from holdfast.streams.storing import store_with_retry
 from holdfast.streams.topology import StreamInfo, require_majority, stream_info
 from holdfast.streams.wire import (
@@ -69,12 +70,18 @@ class Head(msgspec.Struct, frozen=True):
 
     ``row`` is its newest version, with the hint where the parts of its body stand; None when the bucket holds none.
     ``last_seq`` is the sequence to compare with when the next one is written: that of ``row``, unless something that
-    is no version was put on the subject since.
+    is no version was put on the subject since.  ``losses`` tells how often the connection had been lost when it was
+    read (:attr:`KeyLog.losses`): a server that comes back may have lost its end, and give sequences out again.
     """
 
     row: KeyVersionRow | None = None
     at: tuple[int, ...] = ()
     last_seq: int = 0
+    losses: int = 0
+
+    def is_still(self, now: Head) -> bool:
+        """Whether the chain ends now as it did."""
+        return self.last_seq == now.last_seq and _event_id(self) == _event_id(now)
 
 
 class NewVersion(msgspec.Struct, frozen=True):
@@ -82,6 +89,10 @@ class NewVersion(msgspec.Struct, frozen=True):
 
     row: KeyVersionRow
     at: tuple[int, ...] = ()
+
+
+Following = tuple[NewVersion, Head | None]
+"""A version to be written, and the end of the chain that it follows."""
 
 
 class LostRaceError(Exception):
@@ -105,9 +116,9 @@ class KeyLog:
         self._committer = Committer(connection)
 
     @property
-    def reconnects(self) -> int:
-        """How often the connection was made anew: the stream may have lost its end since what was read before."""
-        return self._connection.reconnects
+    def losses(self) -> int:
+        """How often the connection was lost: the stream may have lost its end since what was read before."""
+        return self._connection.losses
 
     async def info(self) -> StreamInfo:
         """Returns the state of the bucket's stream."""
@@ -116,13 +127,15 @@ class KeyLog:
     async def head(self, namespace: str, key: str) -> Head:
         """Returns the end of a key's chain, as of now: every version acknowledged before the call is seen."""
         subject = key_subject(namespace, key)
+        losses = self.losses
         if self._replicas > 1:
-            return (await self.heads(namespace, [key])).get(key, Head())
+            return (await self.heads(namespace, [key])).get(key, Head(losses=losses))
         message = await call_with_retry(partial(self._last, subject), deadline_s=READ_DEADLINE_S)
-        return Head() if message is None else await self._head_of(subject, message)
+        return Head(losses=losses) if message is None else await self._head_of(subject, message, losses)
 
     async def heads(self, namespace: str, keys: Iterable[str]) -> dict[str, Head]:
         """Returns the ends of many chains, by key; keys without one are left out."""
+        losses = self.losses
         wanted = {key_subject(namespace, key): key for key in keys}
         heads: dict[str, Head] = {}
         subjects = list(wanted)
@@ -130,11 +143,13 @@ class KeyLog:
             found = await call_with_retry(
                 partial(last_at_leader, self._connection, KEYS_STREAM, subjects), deadline_s=READ_DEADLINE_S
             )
-            return {wanted[subject]: await self._head_of(subject, message) for subject, message in found.items()}
+            return {
+                wanted[subject]: await self._head_of(subject, message, losses) for subject, message in found.items()
+            }
         for start in range(0, len(subjects), _MULTI_GET):
             request = {"multi_last": subjects[start : start + _MULTI_GET]}
             for message in await self._batch(request):
-                heads[wanted[message.subject]] = await self._head_of(message.subject, message)
+                heads[wanted[message.subject]] = await self._head_of(message.subject, message, losses)
         return heads
 
     async def keys(self, namespace: str, prefix: str) -> list[str]:
@@ -219,52 +234,81 @@ class KeyLog:
                 found = revision
         return found
 
-    async def write(self, version: NewVersion, *, after_seq: int) -> KeyVersionRow:
-        """Writes a version behind the one at ``after_seq`` (0: as the first) and returns it as it was stored.
+    async def write(self, version: NewVersion, *, after: Head) -> KeyVersionRow:
+        """Writes a version behind the end of its chain as it was read, and returns it as it was stored.
 
-        Raises LostRaceError when another one stands there; UnknownOutcomeError, or another RetryError, when no
-        acknowledgement came: sending the same version (same ``event_id``) again is safe.
+        Raises LostRaceError when the chain does not end there any more; UnknownOutcomeError, or another RetryError,
+        when no acknowledgement came: sending the same version (same ``event_id``) again is safe.
         """
+        message = _message(version, after)
 
-        async def attempt() -> KeyVersionRow:
-            try:
-                settled = await self._committer.store(_message(version, after_seq))
-            except ApiError as error:
-                if error.err_code != WRONG_LAST_SEQUENCE:
-                    raise
-                return (await self._look_for([(version, after_seq)]))[0]
-            return msgspec.structs.replace(version.row, seq=settled.seq)
+        async def send(losses: int) -> list[int]:
+            return [(await self._committer.store(message, losses=losses)).seq]
 
-        return await self._until_seen(attempt)
+        return (await self._write([(version, after)], send))[0]
 
-    async def write_all(self, versions: Sequence[tuple[NewVersion, int | None]]) -> list[KeyVersionRow]:
+    async def write_all(self, versions: Sequence[Following]) -> list[KeyVersionRow]:
         """Writes all versions or none, as one atomic batch, and returns them as they were stored.
 
-        With each comes the sequence it must follow; None for one that follows another of the same key in this batch.
-        Errors as of :meth:`write`.
+        With each comes the end of the chain that it must follow; None for one that follows another of the same key in
+        this batch.  Errors as of :meth:`write`.
         """
         if len(versions) == 1 and versions[0][1] is not None:
-            return [await self.write(versions[0][0], after_seq=versions[0][1])]
-        messages = [_message(version, after_seq) for version, after_seq in versions]
+            return [await self.write(versions[0][0], after=versions[0][1])]
+        messages = [_message(version, after) for version, after in versions]
 
-        async def attempt() -> list[KeyVersionRow]:
-            try:
-                seqs = await store_with_retry(
-                    self._connection, KEYS_STREAM, partial(publish_batch, self._connection, messages)
-                )
-            except Refused as refusal:
-                if refusal.err_code != WRONG_LAST_SEQUENCE:
-                    raise UnavailableError(f"the versions cannot be stored: {refusal.description}") from refusal
-                return await self._look_for(versions)
-            return [
-                msgspec.structs.replace(version.row, seq=seq) for (version, _), seq in zip(versions, seqs, strict=True)
-            ]
+        async def send(losses: int) -> list[int]:
+            async def attempt() -> list[int]:
+                if losses != self.losses:
+                    raise OutlivedError
+                return await publish_batch(self._connection, messages)
 
-        return await self._until_seen(attempt)
+            return await store_with_retry(self._connection, KEYS_STREAM, attempt)
+
+        return await self._write(versions, send)
 
     async def close(self) -> None:
         """Waits until every write that was handed in has an outcome."""
         await self._committer.close()
+
+    async def _write(
+        self, versions: Sequence[Following], send: Callable[[int], Awaitable[list[int]]]
+    ) -> list[KeyVersionRow]:
+        """Sends versions, and looks whether the chains still end where they did before they are sent over another
+        connection than the one over which that was read."""
+        losses = min(after.losses for _, after in versions if after is not None)
+        until_s = asyncio.get_running_loop().time() + WRITE_DEADLINE_S
+
+        async def attempt() -> list[KeyVersionRow]:
+            nonlocal losses
+            while True:
+                now = self.losses
+                if losses != now:
+                    found = await self._look_for(self._found_since(versions))
+                    if found:
+                        return found
+                    losses = now
+                try:
+                    seqs = await send(losses)
+                except OutlivedError as error:
+                    if asyncio.get_running_loop().time() >= until_s:
+                        raise UnknownOutcomeError(
+                            "the connection was lost again and again before an acknowledgement came",
+                            hint="the same call may be sent again",
+                        ) from error
+                except (ApiError, Refused) as refusal:
+                    if refusal.err_code == WRONG_LAST_SEQUENCE:
+                        return await self._look_for(self._found(versions))
+                    if isinstance(refusal, ApiError):
+                        raise
+                    raise UnavailableError(f"the versions cannot be stored: {refusal.description}") from refusal
+                else:
+                    return [
+                        msgspec.structs.replace(version.row, seq=seq)
+                        for (version, _), seq in zip(versions, seqs, strict=True)
+                    ]
+
+        return await self._until_seen(attempt)
 
     async def _until_seen(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Makes an attempt, and makes it again while it was refused for something that nobody sees.
@@ -284,20 +328,49 @@ class KeyLog:
         except _RefusedUnseenError:
             raise LostRaceError from None
 
-    async def _look_for(self, versions: Sequence[tuple[NewVersion, int | None]]) -> list[KeyVersionRow]:
-        """As :meth:`_found`; raises UnknownOutcomeError when that cannot be read."""
+    async def _look_for(self, looking: Awaitable[T]) -> T:
+        """Looks for what may have been stored; raises UnknownOutcomeError when that cannot be read."""
         try:
-            return await self._found(versions)
+            return await looking
         except _RefusedUnseenError:
             raise
         except RetryError as error:
-            # It may have been refused over an earlier attempt of its own, which was stored.
+            # An earlier attempt may have been stored: it may be what this one was refused over.
             raise UnknownOutcomeError(
-                f"the write was refused, and what is in its way cannot be read: {error.message}",
+                f"the write may have been stored, and that cannot be read: {error.message}",
                 hint="the same call may be sent again",
             ) from error
 
-    async def _found(self, versions: Sequence[tuple[NewVersion, int | None]]) -> list[KeyVersionRow]:
+    async def _found_since(self, versions: Sequence[Following]) -> list[KeyVersionRow]:
+        """The versions of a write as they stand in the bucket after the connection was lost; none when every chain
+        still ends where it did, so that they may be sent again.
+
+        A server that lost its end may have given the expected sequence to another version, or have got this one back
+        from the lake under another sequence.  Raises LostRaceError when a chain goes on, or ends, otherwise; and
+        UnknownOutcomeError when only some of them are there.
+        """
+        found: list[KeyVersionRow] = []
+        ends: dict[str, Head | None] = {}
+        for version, after in versions:
+            row = version.row
+            if after is not None:
+                now = await self.head(row.namespace, row.key)
+                ends[row.key] = None if after.is_still(now) else now
+            end = ends[row.key]
+            own = None if end is None else await self.version(row.namespace, row.key, row.version, end)
+            if own is not None and own.row is not None and own.row.event_id == row.event_id:
+                found.append(own.row)
+        if len(found) == len(versions) or not any(ends.values()):
+            return found
+        if found:
+            raise UnknownOutcomeError(
+                f"{len(found)} of {len(versions)} versions that were written together are there after the connection"
+                " was lost: the server lost its end",
+                hint="read the keys, then decide whether to make the change again",
+            )
+        raise LostRaceError
+
+    async def _found(self, versions: Sequence[Following]) -> list[KeyVersionRow]:
         """The versions of a write that was refused, as they stand in the bucket: an attempt without an answer, or with
         a wrong one, may have written them.  Each is told by its event id.
 
@@ -306,9 +379,9 @@ class KeyLog:
         """
         floors: dict[str, int] = {}
         found: list[KeyVersionRow] = []
-        for version, after_seq in versions:
+        for version, after in versions:
             row = version.row
-            floor = floors.setdefault(row.key, after_seq or 0)
+            floor = floors.setdefault(row.key, 0 if after is None else after.last_seq)
             own, is_last = await self._found_behind(row, floor)
             if own is not None:
                 found.append(own)
@@ -331,10 +404,10 @@ class KeyLog:
                 return None, seq == floor_seq + 1 and not messages
             seq = messages[-1].seq + 1
 
-    async def _head_of(self, subject: str, message: StoredMessage) -> Head:
+    async def _head_of(self, subject: str, message: StoredMessage, losses: int) -> Head:
         head = _decoded(message)
         if head is not None:
-            return head
+            return msgspec.structs.replace(head, losses=losses)
         # Something foreign was put on the subject: the chain goes on from the newest version before it.
         namespace, key = parse_key_subject(subject)
         newest = Head()
@@ -343,7 +416,7 @@ class KeyLog:
                 newest = revision
             if newest.row is not None or back >= message.seq:
                 break
-        return msgspec.structs.replace(newest, last_seq=max(newest.last_seq, message.seq))
+        return msgspec.structs.replace(newest, last_seq=max(newest.last_seq, message.seq), losses=losses)
 
     async def _look(self, namespace: str, key: str, from_seq: int) -> list[tuple[Head, KeyVersionRow]]:
         """The first versions from a sequence on, a few of them; none when there are none."""
@@ -421,8 +494,8 @@ class KeyLog:
                 raise UnavailableError(f"the bucket of keys answered {status!r}")
 
 
-def _message(version: NewVersion, after_seq: int | None) -> Outgoing:
-    headers = {} if after_seq is None else {H_EXPECT_SUBJECT_SEQ: str(after_seq)}
+def _message(version: NewVersion, after: Head | None) -> Outgoing:
+    headers = {} if after is None else {H_EXPECT_SUBJECT_SEQ: str(after.last_seq)}
     row = version.row
     return Outgoing(key_subject(row.namespace, row.key), headers, encode_key_version(row, version.at))
 
@@ -448,6 +521,10 @@ def _decoded(message: StoredMessage) -> Head | None:
     except HoldfastError:
         return None
     return Head(row, at, message.seq)
+
+
+def _event_id(head: Head) -> str | None:
+    return None if head.row is None else head.row.event_id
 
 
 def _key_in(subject: str) -> str | None:

@@ -20,6 +20,7 @@ import msgspec
 from holdfast.schemas.errors import ConfigurationError, GapError, HoldfastError, UnavailableError
 from holdfast.schemas.failpoints import failpoint
 from holdfast.schemas.ids import derived_event_id
+from holdfast.streams.committer import OutlivedError
 from holdfast.streams.decode import KeyVersionBody, decode_key_version
 from holdfast.streams.key_log import KeyLog
 from holdfast.streams.publish import WRONG_LAST_SEQUENCE, Outgoing, Refused, publish
@@ -65,6 +66,8 @@ class ExpiringVersion(msgspec.Struct, frozen=True):
     expires_at_ms: int
     session_id: str | None
     agent_id: str | None
+    losses: int
+    """How often the connection had been lost when it was read: since then its sequence may have been given again."""
 
 
 class Janitor:
@@ -124,6 +127,7 @@ class Janitor:
 
     async def _follow(self) -> None:
         while True:
+            losses = self._connection.losses
             messages, _ = await self._reader.read(limit=_READ)
             if not messages:
                 return
@@ -146,6 +150,7 @@ class Janitor:
                         version.expires_at_ms,
                         version.session_id,
                         version.agent_id,
+                        losses,
                     ),
                 )
 
@@ -184,6 +189,12 @@ class Janitor:
         return taken
 
     async def _expire(self, subject: str, version: ExpiringVersion, now: int, after_seq: int | None = None) -> int:
+        losses = self._connection.losses
+        if version.losses != losses:
+            version = msgspec.structs.replace(version, losses=losses)
+            if not await self._is_still_the_last(subject, version):
+                self.counters.overtaken += 1
+                return 0
         event_id = derived_event_id(version.namespace, "expire", version.epoch, str(version.seq))
         body = KeyVersionBody(
             version=version.version + 1,
@@ -199,7 +210,7 @@ class Janitor:
         headers = {H_EXPECT_SUBJECT_SEQ: str(expected), H_MSG_ID: message_id(version.namespace, event_id)}
         message = Outgoing(subject, headers, msgspec.json.encode(body))
         try:
-            await store_with_retry(self._connection, KEYS_STREAM, lambda: self._publish(message))
+            await store_with_retry(self._connection, KEYS_STREAM, lambda: self._publish(message, losses))
         except Refused:
             try:
                 head = await self._log.head(*parse_key_subject(subject))
@@ -222,8 +233,22 @@ class Janitor:
         self.counters.expired += 1
         return 1
 
-    async def _publish(self, message: Outgoing) -> None:
+    async def _is_still_the_last(self, subject: str, version: ExpiringVersion) -> bool:
+        try:
+            row = (await self._log.head(*parse_key_subject(subject))).row
+        except BaseException:
+            self._remember(subject, version)  # nobody knows: it stays due
+            raise
+        return row is not None and (row.seq, row.version, row.expires_at_ms) == (
+            version.seq,
+            version.version,
+            version.expires_at_ms,
+        )
+
+    async def _publish(self, message: Outgoing, losses: int) -> None:
         failpoint("janitor.before_expire")
+        if losses != self._connection.losses:
+            raise OutlivedError
         try:
             await publish(self._connection, message)
         except Refused as refused:
