@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -151,6 +152,34 @@ def test_a_damaged_checkpoint_is_not_believed(lake: Lake) -> None:
     assert not path.exists()
     writer.append("events", events(31, 40), epoch=EPOCH, first_seq=31, last_seq=40)
     assert verify_lake(lake.path).ok
+
+
+def killed_in_check(root: Path) -> None:
+    """Opens an index in another process, which is killed by what it reads first."""
+    code = (
+        "import os, signal, sys\n"
+        "from holdfast.lake import LakeIndex, index_environment\n"
+        "index_environment.is_sound = lambda key, value: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "LakeIndex.open(sys.argv[1])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(root)], check=False).returncode == -signal.SIGKILL
+
+
+def test_a_kill_during_the_check_of_an_index_has_it_checked_again_and_a_second_begins_it_anew(
+    lake: Lake, tmp_path: Path
+) -> None:
+    """A damaged page kills its reader each time, an operator hardly does."""
+    root = tmp_path / "index"
+    with LakeIndex.open(root) as index:
+        index.refresh(lake)
+    for kills, kept in ((1, 6_000), (2, 0), (1, 6_000)):
+        (root / "seal").unlink()
+        for _ in range(kills):
+            killed_in_check(root)
+        with LakeIndex.open(root) as index:
+            assert index.count("contexts") == kept
+            index.refresh(lake)
+            assert index.count("contexts") == 6_000
 
 
 def test_an_index_with_a_flipped_bit_is_made_anew_after_a_close_and_after_a_crash(lake: Lake, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 A flipped bit in a page may make LMDB answer wrongly, answer "not there", or crash.  So whoever closes an index leaves a
 *seal*: the size and CRC-32 of the file.  Who opens it compares them first, and takes the seal away.  After a crash
 there is none: then every entry is read once and compared with the check that it carries, and their number with what
-the stamps say.  A mark lies in the directory meanwhile: when it is found there, an earlier reading killed its process.
+the stamps say.  A mark lies in the directory meanwhile, with how many such readings have been begun and not ended: a
+damaged page may kill its reader, and so may an operator, but hardly twice in a row.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ DATA: Final = "data.mdb"
 _SEAL: Final = "seal"
 _CHECKING: Final = "checking"
 _READ_BYTES: Final = 1 << 20
+
+MOST_UNENDED: Final = 2
+"""Readings that did not end, one after another, before the index is given up."""
 
 
 class _Seal(msgspec.Struct, frozen=True):
@@ -52,12 +56,13 @@ def reason_to_discard(root: Path) -> str | None:
     """Returns why an index must not be opened, None when it may be; takes the seal away."""
     if not (root / DATA).exists():
         return None
-    if _was_left(root / _CHECKING):
-        return "the last check of its entries did not end"
+    unended = _left_behind(root / _CHECKING)
+    if unended >= MOST_UNENDED:
+        return f"{unended} checks of its entries did not end"
     try:
         raw = (root / _SEAL).read_bytes()
     except FileNotFoundError:
-        _begin_check(root)
+        _begin_check(root, unended + 1)
         return None
     (root / _SEAL).unlink(missing_ok=True)
     try:
@@ -71,24 +76,27 @@ def reason_to_discard(root: Path) -> str | None:
 _marks: dict[Path, int] = {}
 
 
-def _was_left(mark: Path) -> bool:
+def _left_behind(mark: Path) -> int:
+    """How many checks were begun, one after another, and did not end."""
     try:
         descriptor = os.open(mark, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        return 0
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A byte for each; one that was killed before it wrote its own had not read anything yet.
+        return os.fstat(descriptor).st_size
     except BlockingIOError:
-        return False  # another process checks it just now
+        return 0  # another process checks it just now
     finally:
         os.close(descriptor)
-    return True
 
 
-def _begin_check(root: Path) -> None:
+def _begin_check(root: Path, number: int) -> None:
     descriptor = os.open(root / _CHECKING, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, number)
     except BlockingIOError:
         os.close(descriptor)
     else:
