@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from holdfast.schemas.rows import KeyVersionRow
+    from holdfast.streams.connection import Connection
+    from holdfast.streams.publish import Outgoing
     from holdfast.workers.settings import WorkerSettings
     from tests.support import OwnServer
 
@@ -180,6 +182,33 @@ async def test_a_key_that_a_writer_was_faster_with_keeps_no_other_from_being_put
             await flush(hf.connection)
             assert [(await hf.keys.get(name)).body for name in ("a", "b", "c")] == [{"n": 0}, {"n": "faster"}, {"n": 2}]
             assert [record.__dict__["keys"] for record in caplog.records if "were put back" in record.message] == [2]
+
+
+async def test_heads_that_were_read_before_the_connection_was_lost_are_read_again_before_anything_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may have lost its end once more."""
+    done: list[str] = []
+    heads, write = KeyLog.heads, lost_heads._write
+
+    async def read(self: KeyLog, namespace: str, keys: Iterable[str]) -> dict[str, Head]:
+        found = await heads(self, namespace, keys)
+        if not done:
+            self._connection.losses += 1
+        done.append("read")
+        return found
+
+    async def written(connection: Connection, messages: list[Outgoing]) -> int:
+        done.append("written")
+        return await write(connection, messages)
+
+    async with lost_versions(tmp_path, ["a", "b"]) as (server, hf, settings):
+        monkeypatch.setattr(KeyLog, "heads", read)
+        monkeypatch.setattr(lost_heads, "_write", written)
+        async with running(server.url, settings):
+            await flush(hf.connection)
+            assert done[:3] == ["read", "read", "written"]
+            assert [(await hf.keys.get(name)).body for name in ("a", "b")] == [{"n": 0}, {"n": 1}]
 
 
 async def test_a_version_that_the_server_takes_no_more_keeps_no_other_from_being_put_back(

@@ -91,10 +91,14 @@ async def _restore(
     loop = asyncio.get_running_loop()
     restored = 0
     while page := await loop.run_in_executor(executor, lambda: next(pages, None)):
+        losses = log.losses
         heads = await _heads(log, page)
         lost = [newest for newest in page if _is_lost(newest, heads.get((newest.namespace, newest.key)))]
         rows = await loop.run_in_executor(executor, _read, lake, index, lost)
         for messages in _batches(_message(row, heads.get((row.namespace, row.key), Head())) for row in rows):
+            if log.losses != losses:
+                # The stream may have lost its end once more: what is expected may be another version's by now.
+                raise UnavailableError("the connection was lost while keys were put back", hint="it is begun again")
             restored += await _write(connection, messages)
     return restored
 
