@@ -15,6 +15,7 @@ import msgspec
 
 from holdfast.client import connect
 from holdfast.lake import Lake
+from holdfast.lake import connect as connect_lake
 from holdfast.lake.compaction import compact
 from holdfast.ops.torture.check import Sample, Violation, check
 from holdfast.ops.torture.faults import FAULTS
@@ -250,6 +251,8 @@ async def _until_interned(rig: TortureRig, history: History) -> None:
         for attempt in history.acknowledged("event")
         if attempt.via == "raw" and attempt.context is not None
     }
+    # What is archived need not be asked for by name, each from another file; what is right is judged later.
+    wanted.difference_update(await asyncio.to_thread(_archived_refs, rig))
     until = time.monotonic() + WHOLE_S
     async with connect(rig.url, rig.namespace, "settling", cache_bytes=0) as hf:
         while wanted and time.monotonic() < until:
@@ -259,6 +262,12 @@ async def _until_interned(rig: TortureRig, history: History) -> None:
             wanted.difference_update(found)
             if wanted:
                 await asyncio.sleep(_WATCH_S)
+
+
+def _archived_refs(rig: TortureRig) -> set[str]:
+    with connect_lake(rig.lake) as sql:
+        rows = sql.execute("SELECT ref FROM contexts WHERE namespace = $1", [rig.namespace]).fetchall()
+    return {ref for (ref,) in rows}
 
 
 def _pages(items: Sequence[str], size: int) -> list[Sequence[str]]:
