@@ -21,7 +21,8 @@ from holdfast.schemas.ids import new_event_id, now_ms
 from holdfast.schemas.rows import KeyVersionRow
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.dead import bury
-from holdfast.streams.key_log import Head, KeyLog, LostRaceError, NewVersion
+from holdfast.streams.key_chains import Head
+from holdfast.streams.key_log import KeyLog, LostRaceError, NewVersion
 from holdfast.streams.messages import StoredMessage
 from holdfast.streams.topology import ensure_topology
 from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, KEYS_STREAM

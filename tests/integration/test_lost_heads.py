@@ -16,7 +16,7 @@ from holdfast.client import Holdfast, connect
 from holdfast.lake import connect as connect_lake
 from holdfast.schemas.errors import UnavailableError
 from holdfast.streams.decode import encode_key_version
-from holdfast.streams.key_log import Head, KeyLog
+from holdfast.streams.key_log import KeyLog
 from holdfast.streams.topology import ensure_topology
 from holdfast.streams.wire import KEYS_STREAM, key_subject
 from holdfast.workers import lost_heads
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from holdfast.schemas.rows import KeyVersionRow
     from holdfast.streams.connection import Connection
+    from holdfast.streams.key_chains import Head
     from holdfast.streams.publish import Outgoing
     from holdfast.workers.settings import WorkerSettings
     from tests.support import OwnServer

@@ -26,7 +26,8 @@ from holdfast.schemas.rows import KeyVersionRow, Position
 from holdfast.streams import topology
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.hot import HotTier, NewContext
-from holdfast.streams.key_log import Head, KeyLog, NewVersion
+from holdfast.streams.key_chains import Head
+from holdfast.streams.key_log import KeyLog, NewVersion
 from holdfast.streams.pull import read_one
 from holdfast.streams.topology import ensure_topology, first_seq_since, stream_info
 from holdfast.streams.wire import EVENTS_STREAM, H_SEQUENCE, HOT_STREAM, KEYS_STREAM, hot_subject, key_subject

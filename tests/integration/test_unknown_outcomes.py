@@ -15,7 +15,8 @@ from holdfast.schemas.errors import RetryError, UnavailableError, UnknownOutcome
 from holdfast.streams import committer as committer_module
 from holdfast.streams.committer import Committer
 from holdfast.streams.connection import open_connection
-from holdfast.streams.key_log import Head, KeyLog, NewVersion
+from holdfast.streams.key_chains import Head
+from holdfast.streams.key_log import KeyLog, NewVersion
 from holdfast.streams.publish import Outgoing, PubAck, publish_each
 from holdfast.streams.storing import store_with_retry
 from holdfast.streams.topology import stream_info

@@ -61,7 +61,8 @@ from holdfast.schemas.errors import (
 from holdfast.schemas.rows import ContextRow, KeyVersionRow
 from holdfast.streams.dead import bury
 from holdfast.streams.hot import HotTier
-from holdfast.streams.key_log import Head, KeyLog
+from holdfast.streams.key_chains import Head
+from holdfast.streams.key_log import KeyLog
 from holdfast.streams.publish import (
     SUBJECT_FULL,
     WRONG_LAST_SEQUENCE,

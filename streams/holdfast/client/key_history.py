@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Final
 
-from holdfast.streams.key_log import Head, KeyLog
+from holdfast.streams.key_chains import Head
 
 if TYPE_CHECKING:
     from holdfast.client.key_cold import ColdKeySource
     from holdfast.schemas.rows import KeyVersionRow
+    from holdfast.streams.key_log import KeyLog
 
 _HOT_PAGE: Final = 500
 """Versions read from the hot tier at once: some 150 KB.  It reads forward only, so a page is read whole."""

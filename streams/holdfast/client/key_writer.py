@@ -36,7 +36,8 @@ from holdfast.schemas.ids import new_event_id
 from holdfast.schemas.refs import Ref
 from holdfast.schemas.rows import KeyVersionRow, Op
 from holdfast.streams.hot import NewContext
-from holdfast.streams.key_log import Following, Head, KeyLog, LostRaceError, NewVersion
+from holdfast.streams.key_chains import Head
+from holdfast.streams.key_log import Following, KeyLog, LostRaceError, NewVersion
 
 if TYPE_CHECKING:
     from holdfast.client.growing import GrowingBodies, Grown

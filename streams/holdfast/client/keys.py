@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from holdfast.client.key_ring import KeyRing
     from holdfast.schemas.rows import KeyVersionRow, Op
     from holdfast.streams.connection import Connection
-    from holdfast.streams.key_log import Head, KeyLog
+    from holdfast.streams.key_chains import Head
+    from holdfast.streams.key_log import KeyLog
     from holdfast.streams.server_clock import ServerClock
 
 DEFAULT_KIND: Final = "context"

@@ -191,10 +191,10 @@ class Janitor:
     async def _expire(self, subject: str, version: ExpiringVersion, now: int, after_seq: int | None = None) -> int:
         losses = self._connection.losses
         if version.losses != losses:
-            version = msgspec.structs.replace(version, losses=losses)
             if not await self._is_still_the_last(subject, version):
                 self.counters.overtaken += 1
                 return 0
+            version = msgspec.structs.replace(version, losses=losses)
         event_id = derived_event_id(version.namespace, "expire", version.epoch, str(version.seq))
         body = KeyVersionBody(
             version=version.version + 1,

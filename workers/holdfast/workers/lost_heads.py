@@ -21,7 +21,8 @@ from holdfast.schemas import limits
 from holdfast.schemas.errors import TooLargeError, UnavailableError
 from holdfast.schemas.ids import now_ms
 from holdfast.streams.decode import encode_key_version
-from holdfast.streams.key_log import Head, KeyLog
+from holdfast.streams.key_chains import Head
+from holdfast.streams.key_log import KeyLog
 from holdfast.streams.publish import (
     WRONG_LAST_SEQUENCE,
     Outgoing,
