@@ -75,6 +75,8 @@ def test_who_takes_a_message_at_once_reads_its_headers_as_others_do(status: byte
     assume(not {*block} & {0x0B, 0x0C} and b"\r\n\r\n" not in block[:-4])
     # With a status, which only a server writes, nats-py reads nothing of a block that is not text.
     assume(not status or block.isascii())
+    # Of a blank status it reads on into the next line, and takes a digit there for one.
+    assume(status != b" " or not any(line[:1].isdigit() for line in lines[:1]))
     read = dict(read_headers(block) or {})
     others = dict(drive(TolerantClient()._process_headers(block)) or {})
     for headers in (read, others):
