@@ -15,6 +15,8 @@ from holdfast.client.key_ring import KeyRing
 from holdfast.client.keys import Keys
 from holdfast.client.near_cache import NearCache
 from holdfast.client.reading import BodyReader
+from holdfast.schemas.ids import new_event_id, now_ms
+from holdfast.schemas.rows import KeyVersionRow
 from holdfast.streams.hot import HotTier
 from holdfast.streams.key_log import KeyLog
 from holdfast.streams.server_clock import ServerClock
@@ -32,6 +34,21 @@ class MovedClock(ServerClock):
 
     async def now_ms(self) -> int:
         return await super().now_ms() + self.passed_ms
+
+
+def a_version(number: int, *, key: str = "plan", namespace: str = "default") -> KeyVersionRow:
+    """A version as a writer makes it: where it will stand is the server's to say."""
+    return KeyVersionRow(
+        namespace=namespace,
+        key=key,
+        version=number,
+        op="delete",
+        event_id=new_event_id(),
+        timestamp_ms=now_ms(),
+        stored_at_ms=0,
+        epoch="",
+        seq=0,
+    )
 
 
 def shorten_writes(hf: Holdfast, deadline_s: float = 1.5) -> None:

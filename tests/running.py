@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -83,6 +84,20 @@ async def own_server(data: Path, *, duplicate_window_s: float = 600.0) -> AsyncG
         yield server
     finally:
         await server.stop()
+
+
+@asynccontextmanager
+async def rolled_back(server: OwnServer, tmp_path: Path) -> AsyncGenerator[None]:
+    """What is stored within the block is lost by the server, as in a power cut without syncing."""
+    store, kept = tmp_path / "nats", tmp_path / "kept"
+    await server.stop()
+    shutil.copytree(store, kept)
+    await server.start(with_streams=False)
+    yield
+    await server.kill()
+    shutil.rmtree(store)
+    shutil.move(kept, store)
+    await server.start(with_streams=False)
 
 
 def target_of(url: str) -> ConnectionTarget:

@@ -17,8 +17,6 @@ import pytest
 import pytest_asyncio
 
 from holdfast.schemas.errors import InvalidFieldError
-from holdfast.schemas.ids import new_event_id, now_ms
-from holdfast.schemas.rows import KeyVersionRow
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.dead import bury
 from holdfast.streams.key_chains import Head
@@ -26,6 +24,7 @@ from holdfast.streams.key_log import KeyLog, LostRaceError, NewVersion
 from holdfast.streams.messages import StoredMessage
 from holdfast.streams.topology import ensure_topology
 from holdfast.streams.wire import DEAD_STREAM, EVENTS_STREAM, KEYS_STREAM
+from tests.key_support import a_version
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -82,24 +81,10 @@ async def old_leader(connection: Connection) -> AsyncIterator[OldLeader]:
     await client.close()
 
 
-def a_version(key: str, number: int) -> KeyVersionRow:
-    return KeyVersionRow(
-        namespace="default",
-        key=key,
-        version=number,
-        op="delete",
-        timestamp_ms=now_ms(),
-        stored_at_ms=0,
-        epoch="",
-        seq=0,
-        event_id=new_event_id(),
-    )
-
-
 async def begun(connection: Connection, old_leader: OldLeader, **changes: object) -> KeyLog:
     """A key with one version, whose stream is then changed and refused for by the old leader."""
     log = KeyLog(connection, replicas=3)
-    await log.write(NewVersion(a_version("plan", 1)), after=Head(last_seq=0))
+    await log.write(NewVersion(a_version(1)), after=Head(last_seq=0))
     await old_leader.configure(KEYS_STREAM, **changes)
     await old_leader.listen("$KV.ctx-keys.>")
     return log
@@ -107,7 +92,7 @@ async def begun(connection: Connection, old_leader: OldLeader, **changes: object
 
 async def test_a_version_that_was_stored_and_refused_was_written(connection: Connection, old_leader: OldLeader) -> None:
     log = await begun(connection, old_leader, no_ack=True)
-    row = a_version("plan", 2)
+    row = a_version(2)
     written = await log.write(NewVersion(row), after=Head(last_seq=1))
     assert old_leader.refused
     assert (written.seq, written.event_id) == (2, row.event_id)
@@ -121,9 +106,9 @@ async def test_versions_of_a_batch_that_were_stored_and_refused_were_written(
     log = await begun(connection, old_leader, no_ack=True)
     written = await log.write_all(
         [
-            (NewVersion(a_version("plan", 2)), Head(last_seq=1)),
-            (NewVersion(a_version("plan", 3)), None),
-            (NewVersion(a_version("other", 1)), Head(last_seq=0)),
+            (NewVersion(a_version(2)), Head(last_seq=1)),
+            (NewVersion(a_version(3)), None),
+            (NewVersion(a_version(1, key="other")), Head(last_seq=0)),
         ]
     )
     assert old_leader.refused
@@ -142,7 +127,7 @@ async def test_what_nobody_stored_is_sent_again_until_somebody_does(
             await old_leader.configure(KEYS_STREAM, subjects=["$KV.ctx-keys.>"], no_ack=True)
 
     old_leader.when_refused = retire
-    row = a_version("plan", 2)
+    row = a_version(2)
     written = await log.write(NewVersion(row), after=Head(last_seq=1))
     assert old_leader.refused > 3
     assert (written.seq, written.event_id) == (2, row.event_id)
@@ -153,12 +138,12 @@ async def test_what_nobody_stored_is_sent_again_until_somebody_does(
 async def test_a_race_is_lost_to_what_is_there_to_be_seen(connection: Connection, old_leader: OldLeader) -> None:
     log = KeyLog(connection, replicas=3)
     for number in (1, 2):
-        await log.write(NewVersion(a_version("plan", number)), after=Head(last_seq=number - 1))
+        await log.write(NewVersion(a_version(number)), after=Head(last_seq=number - 1))
     with pytest.raises(LostRaceError):
-        await log.write(NewVersion(a_version("plan", 2)), after=Head(last_seq=1))
+        await log.write(NewVersion(a_version(2)), after=Head(last_seq=1))
     with pytest.raises(LostRaceError):
         await log.write_all(
-            [(NewVersion(a_version("new", 1)), Head(last_seq=0)), (NewVersion(a_version("plan", 2)), Head(last_seq=1))]
+            [(NewVersion(a_version(1, key="new")), Head(last_seq=0)), (NewVersion(a_version(2)), Head(last_seq=1))]
         )
     assert await old_leader.messages(KEYS_STREAM) == 2
     await log.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -13,15 +12,15 @@ import pytest
 from holdfast.client import connect
 from holdfast.ops.torture.proxy import Proxy
 from holdfast.schemas.errors import UnavailableError, UnknownOutcomeError
-from holdfast.schemas.ids import new_event_id, now_ms
-from holdfast.schemas.rows import KeyVersionRow
+from holdfast.schemas.ids import now_ms
 from holdfast.streams.decode import encode_key_version
 from holdfast.streams.key_chains import Head
 from holdfast.streams.key_log import Following, KeyLog, LostRaceError, NewVersion
 from holdfast.streams.publish import Outgoing, publish
 from holdfast.streams.wire import key_subject
 from holdfast.workers.janitor import Janitor
-from tests.running import eventually, own_server
+from tests.key_support import a_version
+from tests.running import eventually, own_server, rolled_back
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from holdfast.client import Holdfast
     from holdfast.client.key_model import KeyValue
+    from holdfast.schemas.rows import KeyVersionRow
     from holdfast.streams.connection import Connection
     from tests.support import OwnServer
 
@@ -79,18 +79,11 @@ async def swallowed(
 async def test_a_write_under_way_when_the_server_loses_its_end_goes_behind_what_stands_there_now(
     tmp_path: Path, changes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, kept = tmp_path / "nats", tmp_path / "kept"
     async with own_server(tmp_path) as server, cut_off(server) as (hf, proxy):
-        await server.stop()
-        shutil.copytree(store, kept)
-        await server.start(with_streams=False)
-        await eventually(lambda: hf.connection.client.is_connected)
-        assert [(await hf.keys.put("plan", number)).version for number in (2, 3)] == [2, 3]
-        tasks = await swallowed(hf, proxy, changes, monkeypatch)
-        await server.kill()
-        shutil.rmtree(store)
-        shutil.move(kept, store)
-        await server.start(with_streams=False)
+        async with rolled_back(server, tmp_path):
+            await eventually(lambda: hf.connection.client.is_connected)
+            assert [(await hf.keys.put("plan", number)).version for number in (2, 3)] == [2, 3]
+            tasks = await swallowed(hf, proxy, changes, monkeypatch)
         async with connect(server.url) as other:
             await other.keys.put("something else", 1)
             assert (await other.keys.put("plan", "other")).version == 2  # at the sequence that version 3 had
@@ -115,11 +108,11 @@ class TestWhatStandsThereAfterTheLoss:
         self, hf: Holdfast, connection: Connection
     ) -> None:
         log = KeyLog(connection)
-        first = a_version(hf, 1)
+        first = a_version(1, namespace=hf.namespace)
         await put_back(connection, first)
         connection.losses += 1
         assert (await log.write(NewVersion(first), after=Head())).event_id == first.event_id
-        second, third = a_version(hf, 2), a_version(hf, 3)
+        second, third = a_version(2, namespace=hf.namespace), a_version(3, namespace=hf.namespace)
         head = await log.head(hf.namespace, "plan")
         for row in (second, third):
             await put_back(connection, row)
@@ -134,13 +127,13 @@ class TestWhatStandsThereAfterTheLoss:
         await hf.keys.put("plan", "other")
         connection.losses += 1
         with pytest.raises(LostRaceError):
-            await log.write(NewVersion(a_version(hf, 1)), after=Head())
+            await log.write(NewVersion(a_version(1, namespace=hf.namespace)), after=Head())
         assert [version.version async for version in hf.keys.history("plan")] == [1]
         await log.close()
 
     async def test_a_part_of_versions_that_were_written_together(self, hf: Holdfast, connection: Connection) -> None:
         log = KeyLog(connection)
-        first, second = a_version(hf, 1), a_version(hf, 2)
+        first, second = a_version(1, namespace=hf.namespace), a_version(2, namespace=hf.namespace)
         await put_back(connection, first)
         connection.losses += 1
         with pytest.raises(UnknownOutcomeError, match=r"^1 of 2 versions"):
@@ -157,33 +150,26 @@ class TestWhatStandsThereAfterTheLoss:
         monkeypatch.setattr(log, "head", away)
         connection.losses += 1
         with pytest.raises(UnknownOutcomeError, match="the server is away"):
-            await log.write(NewVersion(a_version(hf, 1)), after=Head())
+            await log.write(NewVersion(a_version(1, namespace=hf.namespace)), after=Head())
         await log.close()
 
 
 async def test_an_expiry_that_was_read_before_the_connection_was_lost_is_not_written_upon_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, kept = tmp_path / "nats", tmp_path / "kept"
 
     async def away(*_: object) -> Head:
         raise UnavailableError("the server is away")
 
     async with own_server(tmp_path) as server, connect(server.url) as hf:
         await hf.keys.put("plan", 1, ttl=60)
-        await server.stop()
-        shutil.copytree(store, kept)
-        await server.start(with_streams=False)
-        await hf.keys.put("plan", 2, ttl=60)
-        await hf.keys.put("plan", 3, ttl=60)
-        late = False
-        janitor = Janitor(hf.connection, clock_ms=lambda: now_ms() + (HOUR_MS if late else 0))
-        assert await janitor.round() == 0
-        before = hf.connection.reconnects
-        await server.kill()
-        shutil.rmtree(store)
-        shutil.move(kept, store)
-        await server.start(with_streams=False)
+        async with rolled_back(server, tmp_path):
+            await hf.keys.put("plan", 2, ttl=60)
+            await hf.keys.put("plan", 3, ttl=60)
+            late = False
+            janitor = Janitor(hf.connection, clock_ms=lambda: now_ms() + (HOUR_MS if late else 0))
+            assert await janitor.round() == 0
+            before = hf.connection.reconnects
         async with connect(server.url) as other:
             await other.keys.put("something else", 1)
             assert (await other.keys.put("plan", "other", ttl=7_200)).version == 2  # where version 3 was
@@ -196,21 +182,6 @@ async def test_an_expiry_that_was_read_before_the_connection_was_lost_is_not_wri
         await janitor.round()
         assert [version.version async for version in hf.keys.history("plan")] == [2, 1]
         await janitor.close()
-
-
-def a_version(hf: Holdfast, number: int) -> KeyVersionRow:
-    event_id = new_event_id()
-    return KeyVersionRow(
-        namespace=hf.namespace,
-        key="plan",
-        version=number,
-        op="delete",
-        timestamp_ms=now_ms(),
-        stored_at_ms=0,
-        epoch="",
-        seq=0,
-        event_id=event_id,
-    )
 
 
 async def put_back(connection: Connection, row: KeyVersionRow) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,7 +20,7 @@ from holdfast.streams.topology import ensure_topology
 from holdfast.streams.wire import KEYS_STREAM, key_subject
 from holdfast.workers import lost_heads
 from holdfast.workers.control import accept_gap, archiver_status, flush
-from tests.running import dead_letters, eventually, own_server, running, settings_in
+from tests.running import dead_letters, eventually, own_server, rolled_back, running, settings_in
 from tests.support import api, plain_client
 
 if TYPE_CHECKING:
@@ -39,27 +38,19 @@ pytestmark = pytest.mark.asyncio
 
 async def test_a_key_whose_newest_versions_were_lost_goes_on_after_them(tmp_path: Path) -> None:
     """The stream's files are put back to what they were; the lake holds what was written since."""
-    store, kept = tmp_path / "nats", tmp_path / "kept"
     settings = settings_in(tmp_path)
     async with own_server(tmp_path) as server:
         async with connect(server.url) as hf:
             for name in ("plan", "still", "gone"):
                 await hf.keys.put(name, {"n": 1})
             await hf.keys.delete("gone")
-        await server.stop()
-        shutil.copytree(store, kept)
-        await server.start(with_streams=False)
-        async with running(server.url, settings), connect(server.url) as hf:
+        async with rolled_back(server, tmp_path), running(server.url, settings), connect(server.url) as hf:
             for number in range(2, 6):
                 await hf.keys.put("plan", {"n": number})
             await hf.keys.put("gone", {"n": 3})
             await hf.keys.delete("gone")
             await hf.keys.put("new", {"n": 1})
             await flush(hf.connection)
-        await server.kill()
-        shutil.rmtree(store)
-        shutil.move(kept, store)
-        await server.start(with_streams=False)
         async with running(server.url, settings), connect(server.url, cache_bytes=0) as hf:
             await flush(hf.connection)
             assert [problem.object for problem in (await archiver_status(hf.connection)).problems]
@@ -135,18 +126,11 @@ async def test_a_stream_that_is_made_anew_while_the_archiver_runs_gets_its_heads
 async def test_a_head_remembered_from_before_a_lost_tail_is_not_taken_for_what_has_its_sequence_now(
     tmp_path: Path,
 ) -> None:
-    store, kept = tmp_path / "nats", tmp_path / "kept"
     async with own_server(tmp_path) as server, connect(server.url) as hf:
         await hf.keys.put("plan", 1)
-        await server.stop()
-        shutil.copytree(store, kept)
-        await server.start(with_streams=False)
-        assert [(await hf.keys.put("plan", number)).version for number in (2, 3)] == [2, 3]
-        before = hf.connection.reconnects
-        await server.kill()
-        shutil.rmtree(store)
-        shutil.move(kept, store)
-        await server.start(with_streams=False)
+        async with rolled_back(server, tmp_path):
+            assert [(await hf.keys.put("plan", number)).version for number in (2, 3)] == [2, 3]
+            before = hf.connection.reconnects
         async with connect(server.url) as other:
             await other.keys.put("something else", 1)
             assert (await other.keys.put("plan", "other")).version == 2  # at the sequence that version 3 had

@@ -20,9 +20,9 @@ import pytest_asyncio
 from holdfast.client import Holdfast, connect
 from holdfast.ops.server_probe import verify_durability_of_all
 from holdfast.schemas.errors import ConfigurationError, DurabilityError, UnavailableError, UnknownOutcomeError
-from holdfast.schemas.ids import new_event_id, now_ms
+from holdfast.schemas.ids import now_ms
 from holdfast.schemas.refs import Digest
-from holdfast.schemas.rows import KeyVersionRow, Position
+from holdfast.schemas.rows import Position
 from holdfast.streams import topology
 from holdfast.streams.connection import Connection, open_connection
 from holdfast.streams.hot import HotTier, NewContext
@@ -34,6 +34,7 @@ from holdfast.streams.wire import EVENTS_STREAM, H_SEQUENCE, HOT_STREAM, KEYS_ST
 from holdfast.workers import purge
 from holdfast.workers.purge import purge_archived
 from tests.campaigns.cluster_rig import Cluster, Loopback, Node, run_cluster
+from tests.key_support import a_version
 from tests.running import eventually
 from tests.support import LIMIT_S, OwnServer
 
@@ -361,20 +362,6 @@ async def test_every_node_must_sync(tmp_path: Path) -> None:
         with pytest.raises(DurabilityError, match="before it syncs"):
             await verify_durability_of_all(urls, "durable")
         assert await verify_durability_of_all(urls, "fast") == 0
-
-
-def a_version(number: int, seq: int = 0) -> KeyVersionRow:
-    return KeyVersionRow(
-        namespace="default",
-        key="plan",
-        version=number,
-        op="delete",
-        event_id=new_event_id(),
-        timestamp_ms=now_ms(),
-        stored_at_ms=0,
-        epoch="",
-        seq=seq,
-    )
 
 
 async def _versions(log: KeyLog) -> tuple[int, ...]:

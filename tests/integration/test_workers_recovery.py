@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from tests.running import (
     dead_letters,
     eventually,
     own_server,
+    rolled_back,
     running,
     settings_in,
     target_of,
@@ -142,20 +142,6 @@ async def test_two_archivers_at_once_commit_every_row_once(
 
 
 # A stream that is not what was archived
-
-
-@asynccontextmanager
-async def rolled_back(server: OwnServer, tmp_path: Path) -> AsyncGenerator[None]:
-    """What is stored within the block is lost by the server, as in a power cut without syncing."""
-    store, kept = tmp_path / "nats", tmp_path / "kept"
-    await server.stop()
-    shutil.copytree(store, kept)
-    await server.start(with_streams=False)
-    yield
-    await server.kill()
-    shutil.rmtree(store)
-    shutil.move(kept, store)
-    await server.start(with_streams=False)
 
 
 @pytest.mark.parametrize("published_since", [0, 3, 70])

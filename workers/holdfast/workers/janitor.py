@@ -34,6 +34,7 @@ from holdfast.workers.waiting import wait_for_event
 
 if TYPE_CHECKING:
     from holdfast.streams.connection import Connection
+    from holdfast.streams.key_chains import Head
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,9 @@ class Janitor:
     async def _expire(self, subject: str, version: ExpiringVersion, now: int, after_seq: int | None = None) -> int:
         losses = self._connection.losses
         if version.losses != losses:
-            if not await self._is_still_the_last(subject, version):
+            row = (await self._head(subject, version)).row
+            known = version.seq, version.version, version.expires_at_ms
+            if row is None or (row.seq, row.version, row.expires_at_ms) != known:
                 self.counters.overtaken += 1
                 return 0
             version = msgspec.structs.replace(version, losses=losses)
@@ -212,11 +215,7 @@ class Janitor:
         try:
             await store_with_retry(self._connection, KEYS_STREAM, lambda: self._publish(message, losses))
         except Refused:
-            try:
-                head = await self._log.head(*parse_key_subject(subject))
-            except BaseException:
-                self._remember(subject, version)  # nobody knows: it stays due
-                raise
+            head = await self._head(subject, version)
             if after_seq is None and head.row is not None and head.row.seq == version.seq:
                 if head.last_seq > expected:
                     # What stands behind it is no version: somebody put something of his own on the subject.
@@ -233,17 +232,13 @@ class Janitor:
         self.counters.expired += 1
         return 1
 
-    async def _is_still_the_last(self, subject: str, version: ExpiringVersion) -> bool:
+    async def _head(self, subject: str, version: ExpiringVersion) -> Head:
+        """The end of a key; when nobody can say, the version stays due."""
         try:
-            row = (await self._log.head(*parse_key_subject(subject))).row
+            return await self._log.head(*parse_key_subject(subject))
         except BaseException:
-            self._remember(subject, version)  # nobody knows: it stays due
+            self._remember(subject, version)
             raise
-        return row is not None and (row.seq, row.version, row.expires_at_ms) == (
-            version.seq,
-            version.version,
-            version.expires_at_ms,
-        )
 
     async def _publish(self, message: Outgoing, losses: int) -> None:
         failpoint("janitor.before_expire")
